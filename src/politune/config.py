@@ -56,6 +56,19 @@ OWNED_BY_POLITUNE = {
     "label_smoothing": "train.label_smoothing",
     "max_length": "data.max_length",
     "truncation_mode": "data.on_overlength",
+    "packing": "train.packing",
+    "eval_packing": "train.packing",
+    "padding_free": "train.packing",
+    "packing_strategy": "train.packing",
+    "precompute_ref_batch_size": "train.tokens_per_call",
+    "dataset_num_proc": "nothing: politune tokenises the rows itself",
+    "dataset_text_field": "nothing: politune tokenises the rows itself",
+    "dataset_kwargs": "nothing: politune tokenises the rows itself",
+    "shuffle_dataset": "train.seed",
+    "assistant_only_loss": "nothing: the loss is on the completion",
+    "chat_template_path": "nothing: the model's own chat template is used",
+    "eos_token": "nothing: the model's own end of text is used",
+    "pad_token": "nothing: the model's own padding token is used",
     "bf16": "model.bf16",
     "fp16": "model.bf16",
     "use_cpu": "model.bf16",
@@ -213,6 +226,10 @@ class TrainSpec(_Spec):
     """Course of the learning rate after warm-up."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    packing: Literal["auto", "off"] = "auto"
+    """Rows without padding, prompts once (`auto`: where the architecture allows it), or `off`: TRL's padded batches."""
+    tokens_per_call: Annotated[int, because("it is a count of tokens", ge=0)] = 0
+    """Most tokens of one packed forward pass; changes memory and speed, not the result (0: by itself)."""
     seed: Annotated[int, because("numpy takes no other seeds", ge=0, lt=2**32)] = 42
     """Seed of initialisation, data order, validation split and shuffled sides."""
     logging_steps: Annotated[int, because("it is a count of steps", ge=1)] = 1

@@ -31,6 +31,19 @@ PAIRS = [
 CHATS = [ChatRow(row.prompt, row.chosen) for row in PAIRS]
 
 
+def messages(rows: list[Any]) -> list[dict[str, Any]]:
+    """The rows as TRL's conversational preference or prompt-completion records."""
+    return [
+        {"prompt": list(row.prompt)}
+        | {
+            name: [{"role": "assistant", "content": getattr(row, name)}]
+            for name in ("chosen", "rejected", "completion")
+            if hasattr(row, name)
+        }
+        for row in rows
+    ]
+
+
 def load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +77,7 @@ def dpo_rows(
     model, tokenizer = loader(base)
     args = DPOConfig(**options(folder, max_length))
     trainer = DPOTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(to_trl(PAIRS)), processing_class=tokenizer
+        model=model, args=args, train_dataset=Dataset.from_list(messages(PAIRS)), processing_class=tokenizer
     )
     return list(trainer.train_dataset), trainer.data_collator
 
@@ -76,7 +89,7 @@ def sft_rows(base: Path, folder: Path, max_length: int | None = None, loader: Lo
     model, tokenizer = loader(base)
     args = SFTConfig(**options(folder, max_length))
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(to_trl(CHATS)), processing_class=tokenizer
+        model=model, args=args, train_dataset=Dataset.from_list(messages(CHATS)), processing_class=tokenizer
     )
     return list(trainer.train_dataset)
 
@@ -91,8 +104,8 @@ def test_pairs_are_what_dpo_trains_on(base: Path, tmp_path: Path, loader: Loader
     ours = encode(PAIRS, loader(base)[1])
     assert sum(item.lost_prompt_tokens > 0 for item in ours) == mismatches
     trained = dpo_rows(base, tmp_path, loader=loader)[0]
-    assert [(item.prompt_ids, item.chosen_ids, item.rejected_ids) for item in ours] == [
-        (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trained
+    assert to_trl(ours) == [
+        {name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in trained
     ]
 
 
@@ -101,8 +114,7 @@ def test_answers_are_what_sft_trains_on(base: Path, tmp_path: Path, loader: Load
     """Labels are -100 over the prompt and the token itself over the answer."""
     ours = encode(CHATS, loader(base)[1])
     trained = sft_rows(base, tmp_path, loader=loader)
-    assert [item.prompt_ids + item.completion_ids for item in ours] == [row["input_ids"] for row in trained]
-    assert [[-100] * len(item.prompt_ids) + item.completion_ids for item in ours] == [row["labels"] for row in trained]
+    assert to_trl(ours) == [{name: row[name] for name in ("input_ids", "labels")} for row in trained]
 
 
 def test_truncated_pairs_are_what_dpo_trains_on(base: Path, tmp_path: Path) -> None:
@@ -150,3 +162,18 @@ def test_each_family_gets_its_own_template(tiny_llama: Path, tiny_mistral: Path)
 def test_a_batch_encodes_as_its_rows_do(base: Path) -> None:
     tokenizer = load(base)[1]
     assert encode(PAIRS, tokenizer) == [item for row in PAIRS for item in encode([row], tokenizer)]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_backend_alone_gives_what_the_template_gives(base: Path, split: bool) -> None:
+    """Texts with special tokens, white space, no text, and more than the model takes, after a call that cuts and pads."""
+    texts = ["", " \n two  spaces ", "Tee </s> [INST] <|eot_id|> trinken", "Grüße, 世界 🙂", "wages " * 3000]
+    rows = [PreferenceRow((SYSTEM, ask(one)), other, "No.") for one in texts for other in texts]
+    tokenizer = load(base)[1]
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(texts, truncation=True, max_length=3, padding="max_length")
+    tokenizer.split_special_tokens = split
+    for row, item in zip(rows, encode(rows, tokenizer), strict=True):
+        answer = {"role": "assistant", "content": row.chosen}
+        whole = tokenizer.apply_chat_template([*row.prompt, answer], tokenize=True, return_dict=True)["input_ids"]
+        assert item.prompt_ids + item.chosen_ids == whole

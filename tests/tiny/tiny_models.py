@@ -155,3 +155,52 @@ def _save(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+# Shapes of families whose attention differs, in memory: hidden 32 to 72, two layers, windows smaller than the tests' rows.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0,
+         "query_pre_attn_scalar": 16},
+    ),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "smollm": (
+        "Llama",
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    "granite": ("Granite", {"logits_scaling": 3.0}),
+    "phi3": ("Phi3", {}),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
+    "doge": ("Doge", {"sliding_window": 64}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+def build_causal(name: str, seed: int = 0, *, std: float = 0.2, **config: Any) -> Any:
+    """A causal language model of a family in memory, float32, in training mode, every weight matrix random and frozen."""
+    import torch
+    import transformers
+
+    family, own = _ARCHITECTURES[name]
+    settings = {**_SMALL, **own, **config}
+    if family == "Bloom":
+        settings = {key: value for key, value in settings.items() if not key.startswith(("num_", "interm", "max_"))}
+    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, config_name)(**settings))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(0, std)
+    return model.requires_grad_(False).train()

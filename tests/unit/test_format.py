@@ -1,9 +1,11 @@
 """Rows as prompts and answers: every accepted shape, every refusal, and the arithmetic of fitting and splitting."""
 
+import os
 from typing import Any
 
 import pytest
 
+from politune.data import format as rows_format
 from politune.data.format import (
     ChatRow,
     Encoded,
@@ -356,13 +358,62 @@ def test_a_template_that_refuses_is_quoted_with_the_row() -> None:
         encode(rows, Strict())
 
 
+@pytest.mark.parametrize("kind", [PreferenceRow, ChatRow])
+def test_slices_encode_as_their_rows_do(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """Seven rows in slices of three: the last one is short."""
+    answers = 2 if kind is PreferenceRow else 1
+    rows = [kind((SYSTEM, ASK) if i % 2 else (ASK,), *["yes" * i, "no"][:answers], id=f"r-{i}") for i in range(7)]
+    one_by_one = [item for row in rows for item in encode([row], Letters())]
+    monkeypatch.setattr(rows_format, "SLICE_ROWS", 3)
+    assert encode(rows, Letters()) == one_by_one
+
+
+def test_a_refused_row_is_named_in_a_later_slice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strict(Letters):
+        def render(self, turns: list[dict[str, str]], ask: bool) -> str:
+            if turns[-1]["content"] == "never":
+                raise ValueError("not that")
+            return super().render(turns, ask)
+
+    monkeypatch.setattr(rows_format, "SLICE_ROWS", 2)
+    rows = [PreferenceRow((ASK,), "yes", "never" if i == 3 else "no", id=f"r-{i}") for i in range(5)]
+    with pytest.raises(ModelError, match=r"r-3: the chat template of letters refuses a row: not that"):
+        encode(rows, Strict())
+
+
+@pytest.mark.parametrize("given", [None, "false", "true"])
+def test_every_core_tokenises_and_the_setting_stays(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    """The variable is what tokenizers reads at each call; it comes back after an error, too."""
+    seen = []
+
+    class Curious(Letters):
+        def render(self, turns: list[dict[str, str]], ask: bool) -> str:
+            seen.append(os.environ["TOKENIZERS_PARALLELISM"])
+            if turns[-1]["content"] == "no":
+                raise ValueError("no")
+            return super().render(turns, ask)
+
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", given)
+    encode([ChatRow((ASK,), "yes")], Curious())
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == given
+    with pytest.raises(ModelError, match="refuses a row"):
+        encode([ROW], Curious())
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == given
+    assert set(seen) == {"true"}
+
+
 def test_no_rows_no_tokens() -> None:
     assert encode([], Letters()) == []
 
 
 def test_records_for_trl() -> None:
-    assert to_trl([ROW]) == [{"prompt": [ASK], "chosen": [YES], "rejected": [NO]}]
-    assert to_trl([ChatRow((SYSTEM, ASK), "yes")]) == [{"prompt": [SYSTEM, ASK], "completion": [YES]}]
+    """Loss is on the answer alone: a chat's labels are -100 over the prompt."""
+    assert to_trl([Encoded([1, 2], ([3, 4], [5]))]) == [
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    ]
+    assert to_trl([Encoded([1, 2], ([3, 4],))]) == [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
 
 
 # --- fit -------------------------------------------------------------------------------------------------------------

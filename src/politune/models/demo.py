@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from politune.cache import user_cache
 from politune.errors import HubError, ModelError, OutputError, safe
 from politune.models.files import STAGING_PREFIX, require_space, sha256_of, staged, writing_to
 from politune.record import DEMO_ORIGIN
@@ -88,22 +89,18 @@ def checkpoint_directory() -> Path:
 
 
 def cache_directory() -> Path:
-    """`$POLITUNE_CACHE`, else `politune` in `$XDG_CACHE_HOME`, else `~/.cache/politune`; need not exist.
+    """As `cache.user_cache`.
 
     Raises:
-        OutputError: there is no home directory and neither variable is set.
+        OutputError: there is no home directory and no variable names another place.
     """
-    try:
-        if own := os.environ.get("POLITUNE_CACHE"):
-            return Path(own).expanduser().absolute()
-        if shared := os.environ.get("XDG_CACHE_HOME"):
-            return Path(shared).expanduser().absolute() / "politune"
-        return Path.home() / ".cache" / "politune"
-    except RuntimeError as error:
+    directory = user_cache()
+    if directory is None:
         raise OutputError(
             "there is no home directory to keep the demo model in",
             fix="set POLITUNE_CACHE to a directory that you can write to",
-        ) from error
+        )
+    return directory
 
 
 def is_ready(target: Path) -> bool:

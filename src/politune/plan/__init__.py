@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from politune.config import DpoRun, Run
 from politune.plan.machine import Gpu, Machine, find_gpus, probe
-from politune.plan.memory import MemoryNeed, adapter_number_bytes, find_change, memory_need
+from politune.plan.memory import TOKENS_PER_CALL, MemoryNeed, adapter_number_bytes, find_change, memory_need
 from politune.plan.notes import notes_on
 from politune.plan.rates import Rate, known_rate, remember_rate
 from politune.plan.report import (
@@ -34,6 +34,7 @@ from politune.plan.shapes import (
 __all__ = [
     "KNOWN_DATA",
     "SHIPPED_SHAPES",
+    "TOKENS_PER_CALL",
     "DataShape",
     "Gpu",
     "Machine",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from politune.cache import user_cache
 from politune.config import Run
 from politune.plan.machine import Machine
 
@@ -81,16 +82,8 @@ def remember_rate(
 
 
 def _cache_file(cache: Path | None) -> Path | None:
-    if cache is not None:
-        return cache / CACHE_FILE
-    try:
-        if own := os.environ.get("POLITUNE_CACHE"):
-            return Path(own).expanduser() / CACHE_FILE
-        if shared := os.environ.get("XDG_CACHE_HOME"):
-            return Path(shared).expanduser() / "politune" / CACHE_FILE
-        return Path.home() / ".cache" / "politune" / CACHE_FILE
-    except RuntimeError:  # a user without a home directory
-        return None
+    directory = user_cache() if cache is None else cache
+    return None if directory is None else directory / CACHE_FILE
 
 
 def _kind(run: Run, machine: Machine, processes: int) -> str:

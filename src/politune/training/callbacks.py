@@ -121,6 +121,57 @@ class Progress(TrainerCallback):
         return None
 
 
+class PhaseProgress:
+    """A line on stderr every few seconds for a phase before training; nothing on a quiet run.
+
+    Args:
+        name: of the phase.
+        quiet: no lines at all.
+    """
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, name: str, quiet: bool) -> None:
+        self.name, self.quiet = name, quiet
+        self.started = self.told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Takes how many rows of how many are done."""
+        now = time.monotonic()
+        if self.quiet or (now - self.told < self.SECONDS_BETWEEN_LINES and done < total):
+            return
+        self.told = now
+        left = (now - self.started) / done * (total - done)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{self.name} {done}/{total} rows  {left / 60:.1f} min left\n")
+
+
+class ScoreReference(TrainerCallback):
+    """Has the reference scored after the first step, so that a run that cannot train says so before that.
+
+    A resumed run, whose first step is not the run's first, has it scored before.
+    """
+
+    def __init__(self, score: Callable[[], None], progress: Progress | None) -> None:
+        self.score: Callable[[], None] | None = score
+        self.progress = progress
+
+    def _once(self) -> None:
+        if self.score:
+            started = time.monotonic()
+            self.score()
+            if self.progress:  # the time of a step is not that of the phase
+                self.progress.started += time.monotonic() - started
+        self.score = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self._once()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._once()
+
+
 class Commit(TrainerCallback):
     """Commits each checkpoint after the trainer has written it, then removes the oldest ones."""
 

@@ -34,7 +34,8 @@ class TrainReport:
     `training` holds the metrics of the last logged step, `validation` and `heldout` those of the evaluations after it. The
     preference accuracy is the share of pairs whose chosen text gained more than its rejected one against the reference; 0.5 is
     what tuning that does not carry over gives. Log-probabilities are summed over the completion, in nats. `left_out` counts
-    the rows that were not trained on, or not whole, by reason.
+    the rows that were not trained on, or not whole, by reason. `minutes` holds `reference_seconds`, the phase in which DPO's
+    reference is scored.
     """
 
     method: str
@@ -47,6 +48,7 @@ class TrainReport:
     left_out: dict[str, int]
     tokens_per_second: float
     minutes: float
+    reference_seconds: float
     peak_bytes: int
     training: dict[str, float]
     validation: dict[str, float]
@@ -70,6 +72,7 @@ class TrainReport:
             ("direction", self.direction),
             *((f"rows: {reason}", str(count)) for reason, count in self.left_out.items()),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s"),
+            *([("reference scored in", f"{self.reference_seconds:.1f} s")] if self.reference_seconds else []),
             ("peak memory", f"{self.peak_bytes / 1e9:.1f} GB"),
             ("disclosure", self.disclosure),
         ]

@@ -9,7 +9,7 @@ from typing import Any
 from politune import plan, preview
 from politune.config import Run
 from politune.data import format as rows_format
-from politune.data import sources
+from politune.data import sources, tokens
 from politune.errors import DataError, safe
 from politune.models import load
 from politune.record import generator_note
@@ -19,15 +19,18 @@ HELD_OUT = "heldout"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run's inputs. `lengths` are for the plan; `tokens` those of one epoch, without padding; `counts` the rows' fates."""
+    """A run's inputs: every row as token ids, cut to the run's length.
+
+    `lengths` are for the plan; `tokens` those of one epoch, without padding; `counts` the rows' fates.
+    """
 
     base: load.ResolvedModel
     base_sha256: str
     tokenizer: Any
     table: rows_format.Table
-    train: list[Any]
-    validation: list[Any]
-    heldout: list[Any]
+    train: list[rows_format.Encoded]
+    validation: list[rows_format.Encoded]
+    heldout: list[rows_format.Encoded]
     lengths: plan.DataShape
     tokens: int
     tokens_sha256: str
@@ -66,11 +69,9 @@ def prepare(run: Run, table: rows_format.Table | None, offline: bool, say: Calla
             say(f"{count} of {len(table.rows)} rows: {safe(fate)}")
     if note := generator_note(table.generator, base.public_name):
         say(note)
-    training, validation = rows_format.split_validation(fitted.rows, run.data.validation_fraction, run.train.seed)
-    chosen = {id(row) for row in training}
-    trained = [item for row, item in zip(fitted.rows, fitted.encoded, strict=True) if id(row) in chosen]
+    training, validation = _split(run, fitted)
     lengths = plan.count_tokens(
-        ([len(item.prompt_ids), *map(len, item.completions)] for item in trained), templated=True
+        ([len(item.prompt_ids), *map(len, item.completions)] for item in training), templated=True
     )
     return Prepared(
         base=base,
@@ -81,8 +82,8 @@ def prepare(run: Run, table: rows_format.Table | None, offline: bool, say: Calla
         validation=validation,
         heldout=_held_out_rows(run, table, tokenizer, offline),
         lengths=replace(lengths, validation_rows=len(validation)),
-        tokens=sum(map(_count_tokens, trained)),
-        tokens_sha256=_hash(trained),
+        tokens=sum(map(_count_tokens, training)),
+        tokens_sha256=hash_tokens(training),
         counts=counts,
     )
 
@@ -90,25 +91,35 @@ def prepare(run: Run, table: rows_format.Table | None, offline: bool, say: Calla
 def _fit(run: Run, table: rows_format.Table, tokenizer: Any) -> tuple[rows_format.Fitted[Any], dict[str, int]]:
     """A table's rows as they will be trained, and how many met which fate on the way."""
     converted = preview.convert(run, table)
-    encoded = rows_format.encode(converted.rows, tokenizer)
+    encoded = tokens.encode(converted.rows, tokenizer)
     fitted = rows_format.fit(converted.rows, encoded, run.data.max_length, run.data.on_overlength)
     counts = asdict(fitted.counts)
     counts.pop("kept")
     return fitted, {**converted.dropped, **{name.replace("_", " "): count for name, count in counts.items()}}
 
 
-def _held_out_rows(run: Run, table: rows_format.Table, tokenizer: Any, offline: bool) -> list[Any]:
+def _split(run: Run, fitted: rows_format.Fitted[Any]) -> tuple[list[rows_format.Encoded], list[rows_format.Encoded]]:
+    """(training rows, validation rows), divided by their prompts."""
+    training = rows_format.split_validation(fitted.rows, run.data.validation_fraction, run.train.seed)[0]
+    chosen = {id(row) for row in training}
+    sides: tuple[list[rows_format.Encoded], list[rows_format.Encoded]] = ([], [])
+    for row, item in zip(fitted.rows, fitted.encoded, strict=True):
+        sides[id(row) not in chosen].append(item)
+    return sides
+
+
+def _held_out_rows(run: Run, table: rows_format.Table, tokenizer: Any, offline: bool) -> list[rows_format.Encoded]:
     """The rows that the data itself sets aside in a split `heldout`; they are evaluated once, after training."""
     if not table.other_splits or run.data.dataset_split == HELD_OUT:
         return []
     try:
         heldout = sources.load(run.data.model_copy(update={"dataset_split": HELD_OUT}), offline=offline)
-        return _fit(run, heldout, tokenizer)[0].rows
+        return _fit(run, heldout, tokenizer)[0].encoded
     except DataError:  # the other splits have other names, or their rows cannot be used: no reason not to train
         return []
 
 
-def _hash(rows: list[rows_format.Encoded]) -> str:
+def hash_tokens(rows: list[rows_format.Encoded]) -> str:
     """SHA-256 over the token ids as they are trained: data, order, template, tokenizer and length in one."""
     digest = hashlib.sha256()
     for item in rows:

@@ -15,9 +15,9 @@ from politune.data import format as rows_format
 from politune.errors import ConfigError, TrainingError, safe
 from politune.models import files, load
 from politune.presets import flatten
-from politune.training import callbacks, checkpoints, trackers, trainer_factory
+from politune.training import callbacks, checkpoints, reference, trackers, trainer_factory
 from politune.training.outcome import TrainReport, draw_curves, named
-from politune.training.prepare import Prepared
+from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
 from politune.training.signals import StopRequest
 
@@ -44,7 +44,7 @@ class Session:
         self.run, self.prepared, self.directory, self.stop, self.say = run, prepared, directory, stop, say
         self.metadata, self.quiet = metadata, quiet
         self.first_step = 0
-        self.seconds = 0.0
+        self.seconds = self.reference_seconds = 0.0
         self.evaluation = callbacks.EvaluationName()
         # An `accelerate config` on this machine must not change what a run computes in.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if trainer_factory.computes_in_bf16(run) else "no"
@@ -56,8 +56,6 @@ class Session:
         model = load.load_model(prepared.base, bf16=run.model.bf16, use_4bit=run.model.use_4bit)
         _check_modules(model, run)
         rows = trainer_factory.TrainingRows(rows_format.to_trl(prepared.train), rows_format.to_trl(prepared.validation))
-        if run.trl.get("precompute_ref_log_probs"):
-            say("computing the reference's log-probabilities")
         self.started = time.monotonic()
         everywhere = [
             callbacks.Commit(identity, metadata, run.train.save_total_limit),
@@ -67,6 +65,50 @@ class Session:
         self.trainer = trainer_factory.build(
             run, config, model, prepared.tokenizer, rows, [*everywhere, *self._logs(), *self.watchers]
         )
+        self._pack()
+        self._keep_reference(identity)
+
+    def _pack(self) -> None:
+        """Packs the rows of every forward pass, or says why not."""
+        if self.run.train.packing == "off":
+            return
+        tokens = self.run.train.tokens_per_call or plan.TOKENS_PER_CALL
+        if reason := trainer_factory.use_packed_rows(self.trainer, self.run, tokens):
+            self.say(f"rows are padded, not packed: {safe(reason, 300)}")
+
+    def _keep_reference(self, identity: dict[str, Any]) -> None:
+        """Gives DPO a place for its reference's log-probabilities, and has them computed once where they are used again."""
+        trainer = self.trainer
+        if self.run.method != "dpo" or not trainer.precompute_ref_logps:
+            return
+        layout = {
+            "packed tokens": trainer.packed.tokens_per_call if trainer.packed else None,
+            "rows": self.run.train.per_device_train_batch_size,
+            "sha256 of the validation tokens": hash_tokens(self.prepared.validation),
+        }
+        rows = len(self.prepared.train) + len(self.prepared.validation)
+        path = self.directory / reference.FILE
+        trainer.reference = reference.ReferenceScores(path, reference.key_of(identity, layout), rows)
+        if not trainer.reference.is_complete and self._sees_rows_again():
+            progress = next((each for each in self.watchers if isinstance(each, callbacks.Progress)), None)
+            trainer.add_callback(callbacks.ScoreReference(self._score_reference, progress))
+
+    def _sees_rows_again(self) -> bool:
+        """Whether training takes more rows than there are: else each row's reference is needed once at most."""
+        args, rows = self.trainer.args, len(self.prepared.train)
+        per_epoch, steps = plan.count_optimizer_steps(self.run, rows, world_size())
+        return steps > per_epoch or (args.eval_strategy != "no" and bool(self.prepared.validation))
+
+    def _score_reference(self) -> None:
+        """The reference phase: its own lines of progress, its own seconds."""
+        started = time.monotonic()
+        trainer = self.trainer
+        rows = trainer.reference.values.shape[0]
+        self.say(f"computing the reference's log-probabilities of {rows} rows, once for the whole run")
+        trainer.score_reference(callbacks.PhaseProgress("reference", quiet=self.quiet or not is_main_process()))
+        if is_main_process():
+            trainer.reference.save()
+        self.reference_seconds = time.monotonic() - started
 
     def __enter__(self) -> "Session":
         return self
@@ -148,7 +190,8 @@ class Session:
         self.say(f"evaluating {len(rows)} {name} rows")
         self.evaluation.current = name
         rows_per_pass = self.run.train.per_device_train_batch_size * world_size()
-        return named(trainer_factory.evaluate(self.trainer, rows_format.to_trl(rows), rows_per_pass))
+        numbered = len(self.prepared.train) if rows is self.prepared.validation else None
+        return named(trainer_factory.evaluate(self.trainer, rows_format.to_trl(rows), rows_per_pass, numbered))
 
     def export(self) -> Path:
         """Writes `adapter/` in one rename: weights with their disclosure, config with the base, tokenizer, model card.
@@ -195,6 +238,7 @@ class Session:
             left_out={reason: count for reason, count in self.prepared.counts.items() if count},
             tokens_per_second=round(speed, 1),
             minutes=round(self.seconds / 60, 2),
+            reference_seconds=round(self.reference_seconds, 2),
             peak_bytes=_peak_bytes(),
             training=named(logged[-1]) if logged else {},
             validation=validation,

@@ -3,7 +3,7 @@
 When TRL renames something, this file changes and no other; tests/tiny/test_trl_contract.py names what is relied on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,23 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from politune.config import DpoRun, Run, SftRun
 from politune.errors import ConfigError, safe
+from politune.training.packable import why_not, without_dropout
+from politune.training.packing import IGNORED, PackedForward
+from politune.training.reference import ReferenceScores
+
+# Settings of TRL and transformers that packed rows would change or break.
+NEEDS_PADDED_ROWS = {
+    "activation_offloading": "wants the backward pass inside the trainer's own step",
+    "label_smoothing_factor": "needs the logits of every token",
+    "neftune_noise_alpha": "scales its noise by the length of the padded rows",
+}
+# The column that says which row of the run a row is.
+ROW = "row"
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Conversational rows as TRL takes them: `prompt`, `chosen`, `rejected` or `prompt`, `completion`, lists of messages."""
+    """Tokenised rows, cut to the run's length: `prompt_ids`, `chosen_ids`, `rejected_ids`, or `input_ids`, `labels`."""
 
     train: Sequence[dict[str, Any]]
     validation: Sequence[dict[str, Any]]
@@ -48,7 +60,9 @@ def trl_config(run: Run, output_dir: Path) -> DPOConfig | SFTConfig:
             config_type = SFTConfig
             settings |= {"completion_only_loss": True}
     try:
-        return config_type(**settings, **run.trl)
+        return config_type(
+            **settings, **{key: value for key, value in run.trl.items() if key != "precompute_ref_log_probs"}
+        )
     except (TypeError, ValueError) as error:
         if not run.trl:
             raise
@@ -113,6 +127,135 @@ def lora_config(run: Run) -> LoraConfig:
     )
 
 
+class _Trainer:
+    """What politune does otherwise than TRL's trainers: rows come tokenised, and forward passes may be packed.
+
+    Mixed into TRL's classes, in front of them. Nothing of a loss or a metric is here.
+    """
+
+    packed: PackedForward | None = None
+    _turn = 0
+    _signature_columns: Any
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _labelled(self, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """(input_ids, attention_mask, labels) of a batch."""
+        return inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self.packed is not None:
+            self._turn = 0
+            self.packed.begin_step([self._labelled(batch) for batch in batches])
+        return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.packed is None:
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.packed.expect(self._turn)
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.packed.finish(self._turn)
+        self._turn += 1
+        return loss
+
+
+class PreferenceTrainer(_Trainer, DPOTrainer):  # type: ignore[misc]
+    """TRL's DPO, with the reference's log-probabilities looked up by the rows' numbers once they are known."""
+
+    reference: ReferenceScores | None = None
+
+    def _labelled(self, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        return inputs["input_ids"], inputs["attention_mask"], labels
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW]
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        return dataset  # `compute_loss` has them
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        numbers = inputs.pop(ROW, None)
+        if self.precompute_ref_logps:
+            found = None if self.reference is None or numbers is None else self.reference.find(numbers)
+            if found is None:
+                with without_dropout(self.model):
+                    found = self.compute_ref_log_probs(self.model, inputs)
+            device = inputs["input_ids"].device
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = found[0].to(device), found[1].to(device)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def score_reference(self, progress: Callable[[int, int], None]) -> None:
+        """Computes the reference's log-probabilities of every training and validation row, long rows first.
+
+        Every process takes its share, and all get all. Rows are put together by their length, so that a batch has little
+        padding; it is as large as a packed call, or has the run's rows where nothing is packed.
+
+        Args:
+            progress: told (rows done, rows in all) after every batch; counts this process's rows times the processes.
+        """
+        assert self.reference is not None
+        rows = [row for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None for row in dataset]
+        rows.sort(key=lambda row: (-_length(row), row[ROW]))
+        batches = _by_tokens(rows, self.packed.tokens_per_call) if self.packed else _by_rows(rows, self.args)
+        known = torch.full_like(self.reference.values, torch.nan)
+        done = 0
+        for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+            inputs = self._prepare_inputs(self.data_collator(batch))
+            numbers = inputs.pop(ROW).cpu()
+            with without_dropout(self.model):
+                scores = self.compute_ref_log_probs(self.model, inputs)
+            known[numbers] = torch.stack(scores, 1).float().cpu()
+            done += len(batch)
+            progress(min(len(rows), done * self.accelerator.num_processes), len(rows))
+        if self.accelerator.num_processes > 1:
+            shares = self.accelerator.gather(known.unsqueeze(0).to(self.accelerator.device)).cpu()
+            known = shares.nan_to_num(0.0).sum(0)
+        self.reference.values = known
+
+
+class CompletionTrainer(_Trainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's supervised fine-tuning."""
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    return sum(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def _by_tokens(rows: Sequence[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
+    batches: list[list[dict[str, Any]]] = []
+    used = most
+    for row in rows:
+        if not batches or used + _length(row) > most:
+            batches.append([])
+            used = 0
+        batches[-1].append(row)
+        used += _length(row)
+    return batches
+
+
+def _by_rows(rows: Sequence[dict[str, Any]], config: Any) -> list[list[dict[str, Any]]]:
+    size = config.per_device_train_batch_size
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+@dataclass
+class _NumberedCollator:
+    """TRL's collator, with the rows' numbers handed on where every row has one."""
+
+    collator: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        if all(ROW in row for row in rows):
+            batch[ROW] = torch.tensor([row[ROW] for row in rows])
+        return batch
+
+
 def build(
     run: Run, config: Any, model: Any, tokenizer: Any, rows: TrainingRows, callbacks: list[TrainerCallback]
 ) -> Any:
@@ -121,37 +264,80 @@ def build(
     Args:
         config: from `trl_config`.
         model: a causal language model without an adapter, in the dtype of the run.
-        rows: already measured and cut to the run's length, so that TRL drops none.
+        rows: already measured and cut to the run's length.
     """
+    training, validation = _numbered(rows.train, 0), _numbered(rows.validation, len(rows.train))
     arguments: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": Dataset.from_list(list(rows.train)),
-        "eval_dataset": Dataset.from_list(list(rows.validation)) if rows.validation else None,
+        "train_dataset": Dataset.from_list(training),
+        "eval_dataset": Dataset.from_list(validation) if validation else None,
         "processing_class": tokenizer,
         "peft_config": lora_config(run),
         "callbacks": callbacks,
     }
-    trainer_type: Any = DPOTrainer if isinstance(run, DpoRun) else SFTTrainer
+    trainer_type: Any = PreferenceTrainer if isinstance(run, DpoRun) else CompletionTrainer
     try:
         trainer = trainer_type(**arguments)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         if not run.trl:
             raise
         raise _refused(run, error) from error
+    if isinstance(run, DpoRun):
+        trainer.data_collator = _NumberedCollator(trainer.data_collator)
+        trainer.precompute_ref_logps = run.trl.get("precompute_ref_log_probs", True)
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     return trainer
 
 
-def evaluate(trainer: Any, rows: Sequence[dict[str, Any]], rows_per_pass: int) -> dict[str, float]:
+def _numbered(rows: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    return [{**row, ROW: first + number} for number, row in enumerate(rows)]
+
+
+def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
+    """Lets a trainer's model calls be packed; where that is not possible, returns the reason, and all stays as it was."""
+    paired, accelerator = isinstance(run, DpoRun), trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model).get_base_model()
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return f"{accelerator.distributed_type.value} hands out the weights in its own forward pass"
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "its experts are balanced over the padded batch"
+    for setting, why in NEEDS_PADDED_ROWS.items():
+        if getattr(trainer.args, setting, None):
+            return f"trl.{setting} {why}"
+    with accelerator.autocast(), without_dropout(model):
+        if reason := why_not(model, paired=paired):
+            return reason
+    trainer.packed = packed = PackedForward(
+        model,
+        paired=paired,
+        tokens_per_call=tokens_per_call,
+        squares=bool(getattr(trainer, "use_weighting", False)),
+        divisible=accelerator.num_processes == 1,
+        around=accelerator.autocast,
+    )
+    padded = model.forward
+
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return packed(*args, **kwargs) if fused_lm_head else padded(*args, fused_lm_head=False, **kwargs)
+
+    model.forward = forward
+    return None
+
+
+def evaluate(
+    trainer: Any, rows: Sequence[dict[str, Any]], rows_per_pass: int, first_number: int | None = None
+) -> dict[str, float]:
     """TRL's evaluation metrics over rows that are no part of training, as means over the rows.
 
     TRL averages over forward passes; the rows of a last, shorter pass would weigh too much, so they are evaluated apart.
 
     Args:
         rows_per_pass: rows of one forward pass, over all processes.
+        first_number: the first row's number, where the run has numbered them.
     """
+    rows = rows if first_number is None else _numbered(rows, first_number)
     whole = len(rows) // rows_per_pass * rows_per_pass
     totals: dict[str, float] = {}
     for part in (rows[:whole], rows[whole:]):
