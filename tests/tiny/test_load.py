@@ -126,6 +126,14 @@ def test_loads_what_was_saved(family: str, request: pytest.FixtureRequest) -> No
     assert load.load_model(base, bf16=True, device="cpu").dtype == torch.bfloat16
 
 
+def test_an_architecture_without_torchs_attention_is_loaded(tmp_path: Path) -> None:
+    """Gemma 2 bounds its attention scores, which torch's fused attention does not."""
+    model = tiny_models.build_causal("gemma2")
+    model.save_pretrained(tmp_path)
+    base = load.ResolvedModel("gemma2", tmp_path, None, json.loads((tmp_path / "config.json").read_text()), None)
+    assert load.load_model(base, device="cpu").config._attn_implementation == "eager"
+
+
 def test_loads_in_four_bits_on_the_cpu(tiny_llama: Path) -> None:
     """nf4 of weights with std 0.1 moves the logits, but not far: their own spread is about 0.8."""
     import torch

@@ -72,8 +72,9 @@ def resolve(method: Any, model: Path, data: Path, out: Path, **flags: Any) -> pr
     return presets.resolve(method, None, settings | {key.replace("__", "."): value for key, value in flags.items()})
 
 
-def train(resolved: presets.Resolved, **options: Any) -> outcome.TrainReport:
-    return run.train(resolved, say=lambda line: None, show=lambda report: None, words="politune train", **options)
+def train(resolved: presets.Resolved, said: list[str] | None = None, **options: Any) -> outcome.TrainReport:
+    say = (lambda line: None) if said is None else said.append
+    return run.train(resolved, say=say, show=lambda report: None, words="politune train", **options)
 
 
 def adapter_hash(out: Path) -> str:
@@ -158,6 +159,86 @@ def test_qlora_trains_on_the_cpu(tiny_llama: Path, pairs: Path, tmp_path: Path) 
     assert report.optimizer_steps == 2
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
+
+
+PADDED = "rows are padded, not packed"
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_mistral"])
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"model__use_4bit": True}, {"model__bf16": True, "train__gradient_checkpointing": True}],
+    ids=["float32", "qlora", "checkpointing"],
+)
+def test_a_packed_run_is_the_padded_one(
+    settings: dict[str, Any],
+    method: str,
+    family: str,
+    pairs: Path,
+    chats: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Packed by itself, and the losses of the padded run; over an epoch's end, so that the kept reference is used."""
+    model, data = request.getfixturevalue(family), pairs if method == "dpo" else chats
+    said: dict[str, list[str]] = {"auto": [], "off": []}
+    for packing, lines in said.items():
+        fixed = {"lora__lora_dropout": 0.0, "train__num_train_epochs": 2, "train__max_steps": 8}
+        train(resolve(method, model, data, tmp_path / packing, train__packing=packing, **fixed, **settings), lines)
+    assert not any(PADDED in line for lines in said.values() for line in lines)
+    exact = not settings
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "off"), abs=1e-5 if exact else 5e-3)
+    assert adapter_hash(tmp_path / "auto") != adapter_hash(tmp_path / "off"), "packing was on in one of them only"
+
+
+def test_a_run_that_cannot_be_packed_says_why_and_trains(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", trl__neftune_noise_alpha=1.0, train__max_steps=1), said)
+    assert [line for line in said if PADDED in line and "neftune_noise_alpha" in line]
+
+
+def test_the_reference_is_scored_once(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in the first step and once in the phase after it; the loss is that of a reference scored in every step."""
+    scored: list[int] = []
+    original = trainer_factory.PreferenceTrainer.compute_ref_log_probs
+
+    def count(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        scored.append(len(inputs["input_ids"]) // 2)
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(trainer_factory.PreferenceTrainer, "compute_ref_log_probs", count)
+    report = train(resolve("dpo", tiny_llama, pairs, tmp_path / "once", train__num_train_epochs=3))
+    assert sum(scored) == 4 + 24
+    assert report.reference_seconds > 0
+    each = {"train__num_train_epochs": 3, "trl__precompute_ref_log_probs": False}
+    train(resolve("dpo", tiny_llama, pairs, tmp_path / "each", **each))
+    assert losses(tmp_path / "once") == pytest.approx(losses(tmp_path / "each"), abs=1e-5)
+    assert sum(scored) == 4 + 24, "TRL scores it by itself"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_resumed_with_a_kept_reference(
+    packing: str, lost: bool, tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept log-probabilities are read again; where they are lost they are computed again, to the same bytes."""
+    whole, out = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"train__num_train_epochs": 2, "train__packing": packing}
+    train(resolve("dpo", tiny_llama, pairs, whole, **settings))
+    resolved = resolve("dpo", tiny_llama, pairs, out, **settings)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(8, patch)
+        with pytest.raises(Interrupted):
+            train(resolved)
+    assert (out / "reference.safetensors").exists()
+    if lost:
+        (out / "reference.safetensors").unlink()
+    report = train(resolved, resume=True)
+    assert (report.reference_seconds > 0) == lost
+    assert adapter_hash(out) == adapter_hash(whole)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 4])

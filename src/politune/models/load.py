@@ -179,8 +179,8 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
     from transformers import AutoModelForCausalLM
 
     place = device or _own_device()
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else torch.float32, "attn_implementation": "sdpa"}
-    options |= {
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16 if bf16 else torch.float32,
         "trust_remote_code": False,
         "use_safetensors": True,
         "local_files_only": True,

@@ -39,8 +39,8 @@ def why_not(model: Any, *, paired: bool) -> str | None:
     rows = _tried_rows(model, paired)
     before = model.config._attn_implementation
     with torch.no_grad(), without_dropout(model):
-        padded, alone = _score_padded(model, rows), _score_one_by_one(model, rows)
         try:
+            padded, alone = _score_padded(model, rows), _score_one_by_one(model, rows)
             use_packed_attention(model)
             fused.fuse(model)
             reason = _difference(model, rows, padded, alone, paired)
@@ -57,11 +57,12 @@ def _difference(model: Any, rows: dict[str, Tensor], padded: Tensor, alone: Tens
     forward = PackedForward(model, paired=paired, tokens_per_call=1 << 20)
     with attention.watched() as handed_on:
         packed = forward(**rows).log_probs.float()
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = _sliding_window(model.config.get_text_config())
     if window is not None and window not in handed_on:
         return f"its attention is not told of its sliding window of {window} tokens"
-    rounding = max(_mean(padded - alone, rows), LEAST_ROUNDING.get(model.dtype, 1e-5))
+    device = rows["input_ids"].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    rounding = max(_mean(padded - alone, rows), LEAST_ROUNDING.get(dtype, 1e-5))
     difference = _mean(packed - padded, rows)
     if not difference <= TIMES_THE_ROUNDING * rounding:
         return f"packed rows score differently from padded ones ({difference:.2g} nats a token; rounding is {rounding:.2g})"
@@ -73,6 +74,14 @@ def _difference(model: Any, rows: dict[str, Tensor], padded: Tensor, alone: Tens
     if float((others - packed[first:]).abs().max()) > SAME:
         return "a packed row changes with the tokens of another"
     return None
+
+
+def _sliding_window(config: Any) -> int | None:
+    """The window of the layers that have one, None where no layer does."""
+    kinds = getattr(config, "layer_types", None)
+    if not getattr(config, "use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _score_padded(model: Any, rows: dict[str, Tensor]) -> Tensor:

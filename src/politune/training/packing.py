@@ -193,6 +193,7 @@ class _Batch:
     shape: tuple[int, int]
     first_row: int
     scores: PaddedScores | None = None
+    reference: PaddedScores | None = None
 
 
 @dataclass
@@ -286,8 +287,8 @@ class PackedForward:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **ignored: Any) -> PaddedScores:
         """Scores of a padded batch, each argument [R, L]."""
-        if torch.is_grad_enabled() and self._next is not None:
-            return self._expected(input_ids)
+        if self._next is not None:
+            return self._expected(input_ids) if torch.is_grad_enabled() else self._expected_reference(input_ids)
         sequences = read(input_ids, attention_mask, labels)
         groups = group_rows(sequences, self.paired)
         batch = _Batch((input_ids.shape[0], input_ids.shape[1]), 0)
@@ -311,6 +312,18 @@ class PackedForward:
                 each.scores.log_probs = each.scores.log_probs.detach().requires_grad_()
         assert batch.scores is not None
         return batch.scores
+
+    def _expected_reference(self, input_ids: Tensor) -> PaddedScores:
+        """Inside a step a call without gradients is the reference's: in the layout of the policy's call, so that the two
+        are equal to the last bit as long as the adapter is zero."""
+        assert self._next is not None
+        call, batch = self._places[self._next]
+        if batch.reference is None:
+            results = [self._score(call.sequences, part, input_ids.device) for part in call.parts]
+            for each in call.batches:
+                each.reference = _pad(results, each)
+        assert batch.reference is not None
+        return batch.reference
 
     def _score(
         self, sequences: Sequence[_Sequence], part: Sequence[tuple[int, ...]], device: torch.device

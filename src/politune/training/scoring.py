@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of one slice of float32 logits: on a CPU small enough to stay in its cache, on a GPU large enough to fill it.
-CPU_SLICE_BYTES = 16 << 20
+# Bytes of one slice of float32 logits. On a CPU large enough for its matrix products and small enough for its cache and for
+# the allocator, which gives blocks of 32 MB and more back to the system each time; on a GPU large enough to fill it.
+CPU_SLICE_BYTES = 31 << 20
 GPU_SLICE_BYTES = 512 << 20
 
 
@@ -100,16 +101,13 @@ class _Score(torch.autograd.Function):  # type: ignore[misc]
                 part = slice(start, start + step)
                 here = targets[part].unsqueeze(1)
                 logits, slope = _logits(hidden[part].to(dtype), weight, layer)
-                largest, top = logits.max(-1, keepdim=True)
-                target_logits = logits.gather(1, here)
                 mean_logits[part] = logits.mean(-1)
-                is_top1[part] = (top == here).squeeze(1)
-                exponentials = (logits - largest).exp_()
-                total = exponentials.sum(-1, keepdim=True)
-                log_total = largest + total.log()
-                log_probs[part] = (target_logits - log_total).squeeze(1)
-                probabilities = exponentials.div_(total)
-                entropy[part] = log_total.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
+                is_top1[part] = _is_first_largest(logits, here)
+                logs = torch.log_softmax(logits, -1)
+                log_probs[part] = logs.gather(1, here).squeeze(1)
+                log_total = (logits.gather(1, here) - logs.gather(1, here)).squeeze(1)
+                probabilities = logs.exp_()
+                entropy[part] = log_total - torch.linalg.vecdot(probabilities, logits)
                 if squares:
                     log_squares[part] = torch.linalg.vecdot(probabilities, probabilities).log()
                 if direction is not None:
@@ -128,6 +126,14 @@ class _Score(torch.autograd.Function):  # type: ignore[misc]
         if gradient is None:
             return None, None, None, None, None
         return (direction * gradient.unsqueeze(1)).to(ctx.hidden_dtype), None, None, None, None
+
+
+def _is_first_largest(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n] bool of logits [n, V] and targets [n, 1]: whether `argmax` is the target, asked only where that is in doubt."""
+    hits = (logits.gather(1, targets) >= logits.amax(-1, keepdim=True)).squeeze(1)
+    doubtful = hits.nonzero().squeeze(1)
+    hits[doubtful] = logits[doubtful].argmax(-1) == targets[doubtful].squeeze(1)
+    return hits
 
 
 def _logits(hidden: Tensor, weight: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor | None]:

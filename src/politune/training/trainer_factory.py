@@ -181,7 +181,9 @@ class PreferenceTrainer(_Trainer, DPOTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         numbers = inputs.pop(ROW, None)
         if self.precompute_ref_logps:
-            found = None if self.reference is None or numbers is None else self.reference.find(numbers)
+            # The first step never looks: a run that starts anew beside an older file takes the same way as one without.
+            known = self.reference if self.state.global_step > 0 else None
+            found = None if known is None or numbers is None else known.find(numbers)
             if found is None:
                 with without_dropout(self.model):
                     found = self.compute_ref_log_probs(self.model, inputs)
