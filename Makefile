@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= .demo
 QUESTION ?= Should unemployment benefits be more generous?
 
-.PHONY: demo test check format lint types wheel figures clean
+.PHONY: demo test check format lint types wheel figures bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("politune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -49,6 +49,10 @@ wheel: $(VENV)/.developing
 figures: $(VENV)/.developing
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/demo.py
+
+# Speed and memory against TRL, in about 75 minutes on a quiet machine; writes benchmarks/RESULTS.md.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist

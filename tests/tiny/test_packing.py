@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -700,6 +701,41 @@ def test_attention_is_torchs_under_an_explicit_mask(
     assert compare_attention(heads, window, softcap, dtype, mask) < bound
     mask[14, 11] = True  # the third token of the second segment sees the last one of the first
     assert compare_attention(heads, window, softcap, dtype, mask) > 2 * bound
+
+
+def attend_by_definition(query: Tensor, key: Tensor, value: Tensor, *ends: Any, **settings: Any) -> Tensor:
+    """What the GPU's kernel for rows of various lengths is documented to do, row by row: causal from the last key back."""
+    (queries, keys), parts = (end.tolist() for end in ends[:2]), []
+    left, right = settings["window_size"]
+    assert right == 0, "causal"
+    for row in range(len(queries) - 1):
+        q = query[queries[row] : queries[row + 1]].transpose(0, 1)
+        k, v = (states[keys[row] : keys[row + 1]].transpose(0, 1) for states in (key, value))
+        surplus = k.shape[1] - q.shape[1]
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(surplus)
+        seen = seen if left < 0 else seen.triu(surplus - left)
+        parts.append(
+            functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=settings["scale"], enable_gqa=settings["enable_gqa"]
+            ).transpose(0, 1)
+        )
+    assert ends[2:] == (max(b - a for a, b in pairwise(queries)), max(b - a for a, b in pairwise(keys)))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_all_segments_in_one_call_of_a_gpu_kernel(
+    heads: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that a GPU's kernel is handed, with the kernel's definition in its place; without prefixes it differs."""
+    monkeypatch.setattr(attention, "varlen_attn", attend_by_definition)
+    states = [torch.randn(1, count, 34, 8) for count in (heads[0], heads[1], heads[1])]
+    segments = tuple(dataclasses.replace(each, masks={}) for each in SEGMENTS)
+    expected = attention.packed_attention(None, *states, None, segments=segments, scaling=0.3, sliding_window=window)[0]
+    assert relative(attention._attend_at_once(*states, segments, 0.3, window) - expected, expected) < 1e-6
+    alone = tuple(Segment(each.start, each.length) for each in SEGMENTS)
+    assert relative(attention._attend_at_once(*states, alone, 0.3, window) - expected, expected) > 1e-2
 
 
 def test_a_window_that_is_one_too_wide_is_seen() -> None:

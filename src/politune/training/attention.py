@@ -5,11 +5,14 @@ Registered with transformers under `NAME`; a model whose attention goes through 
 
 - on a CPU torch's flash kernel goes forward, and the backward pass is written out here as matrix products per segment
   (torch's own backward pass in bfloat16 converts tile by tile and takes more than twice as long);
-- elsewhere torch's fused attention runs segment by segment.
+- on a GPU one call of torch's FlashAttention for rows of various lengths takes all segments, each with its own gathered keys;
+- where neither applies (float32 on a GPU, bounded scores) torch's fused attention runs segment by segment.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from politune.training.packing import Segment
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
 
 NAME = "politune_packed"
 
@@ -88,6 +96,8 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings may leave them wider
     if query.device.type == "cpu" and softcap is None:
         return _SegmentAttention.apply(query, key, value, segments, scale, sliding_window), None
+    if varlen_attn and query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        return _attend_at_once(query, key, value, segments, scale, sliding_window), None
     parts = [_attend(query, key, value, segment, scale, sliding_window, softcap) for segment in segments]
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
@@ -121,6 +131,67 @@ def _with_prefix(states: Tensor, segment: "Segment") -> Tensor:
     if not segment.prefix_length:
         return own
     return torch.cat([states.narrow(-2, segment.prefix_start, segment.prefix_length), own], -2)
+
+
+@dataclass(frozen=True)
+class KernelRows:
+    """Segments as rows of various lengths: queries stand as they are, keys are gathered so that a prefix precedes each.
+
+    Args:
+        keys: [K], the places of every segment's prefix and own tokens, segment after segment.
+        query_ends, key_ends: int32 [segments + 1], where rows begin and end, from 0 on.
+        longest_query, longest_key: tokens of the longest row.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+
+def kernel_rows(segments: "tuple[Segment, ...]", device: torch.device) -> KernelRows:
+    """The rows of a packed row's segments, which must stand one after the other; made once for all layers."""
+    key = ("rows", device)
+    kept = segments[0].masks
+    if key not in kept:
+        places = [
+            place
+            for each in segments
+            for place in (
+                *range(each.prefix_start, each.prefix_start + each.prefix_length),
+                *range(each.start, each.start + each.length),
+            )
+        ]
+        queries = [each.length for each in segments]
+        keys = [each.prefix_length + each.length for each in segments]
+
+        def ends(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+        kept[key] = KernelRows(torch.tensor(places, device=device), ends(queries), ends(keys), max(queries), max(keys))
+    rows: KernelRows = kept[key]
+    return rows
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, segments: "tuple[Segment, ...]", scale: float, window: int | None
+) -> Tensor:
+    """Every segment in one call, [1, T, heads, d]. A causal row that has more keys than queries sees all of the surplus."""
+    rows = kernel_rows(segments, query.device)
+    result: Tensor = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1).index_select(0, rows.keys),
+        value[0].transpose(0, 1).index_select(0, rows.keys),
+        rows.query_ends,
+        rows.key_ends,
+        rows.longest_query,
+        rows.longest_key,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result.unsqueeze(0)
 
 
 def _attend(

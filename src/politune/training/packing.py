@@ -38,7 +38,7 @@ class Segment:
     length: int
     prefix_start: int = 0
     prefix_length: int = 0
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """Of `training.attention`: every layer asks for the same ones."""
 
 
