@@ -303,6 +303,8 @@ class _Run(_Spec):
         for key in table:
             if key in OWNED_BY_POLITUNE:
                 raise ValueError(f"{key} is not set here; use {OWNED_BY_POLITUNE[key]}")
+        if not isinstance(table.get("precompute_ref_log_probs", True), bool):
+            raise ValueError("precompute_ref_log_probs is true or false")
         return table
 
 

@@ -118,8 +118,10 @@ def train(
 
         trainer.packed._score = count
     if scored_before:
-        trainer.reference = reference.ReferenceScores(out / reference.FILE, "key", ROWS + validation)
-        trainer.score_reference(lambda done, of: None)
+        trainer.reference = reference.ReferenceScores(
+            out / reference.FILE, "key", ROWS + validation, range(ROWS + validation)
+        )
+        assert trainer.score_reference(lambda done, of: None, lambda: False)
         assert trainer.reference.is_complete
     set_seed(1)
     trainer.train()
@@ -404,15 +406,14 @@ def test_a_model_that_cannot_be_packed_is_trained_padded(
 
 @pytest.fixture
 def scores(tmp_path: Path) -> reference.ReferenceScores:
-    kept = reference.ReferenceScores(tmp_path / reference.FILE, "key", 4)
+    kept = reference.ReferenceScores(tmp_path / reference.FILE, "key", 4, range(4))
     kept.values = torch.arange(8.0).view(4, 2)
-    kept.save()
+    assert kept.save() is None
     return kept
 
 
 def test_reference_scores_are_read_back_under_their_key(scores: reference.ReferenceScores) -> None:
-    again = reference.ReferenceScores(scores.path, "key", 4)
-    assert again.was_read
+    again = reference.ReferenceScores(scores.path, "key", 4, range(4))
     assert again.is_complete
     assert torch.equal(again.values, scores.values)
     chosen, rejected = again.find(torch.tensor([2, 0])) or ()
@@ -426,6 +427,12 @@ def _flip_a_bit_of_the_header(path: Path) -> None:
     path.write_bytes(damaged)
 
 
+def _flip_a_bit_of_a_number(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 0x01
+    path.write_bytes(damaged)
+
+
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[Path], None]:
     return lambda path: save_file(tensors, path, metadata)
 
@@ -436,6 +443,7 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[Pa
         "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
         "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
         "damaged header": _flip_a_bit_of_the_header,
+        "damaged number": _flip_a_bit_of_a_number,
         "empty": lambda path: path.write_bytes(b""),
         "no such file": lambda path: path.unlink(),
         "something else": lambda path: path.write_text("not a tensor"),
@@ -452,15 +460,21 @@ def test_a_file_that_is_not_whole_is_not_used(
     damage: tuple[str, Callable[[Path], Any]], scores: reference.ReferenceScores
 ) -> None:
     damage[1](scores.path)
-    again = reference.ReferenceScores(scores.path, "key", 4)
-    assert not again.was_read
+    again = reference.ReferenceScores(scores.path, "key", 4, range(4))
     assert not again.is_complete
     assert again.find(torch.tensor([1])) is None
 
 
 @pytest.mark.parametrize(("key", "rows"), [("another", 4), ("key", 3), ("key", 5), ("", 4)])
 def test_scores_of_another_run_are_not_used(key: str, rows: int, scores: reference.ReferenceScores) -> None:
-    assert not reference.ReferenceScores(scores.path, key, rows).was_read
+    assert reference.ReferenceScores(scores.path, key, rows, range(rows)).values.isnan().all()
+
+
+def test_scores_that_cannot_be_written_are_named_and_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / reference.FILE).mkdir()
+    scores = reference.ReferenceScores(tmp_path / reference.FILE, "key", 1, range(1))
+    assert "irectory" in (scores.save() or "")
+    assert [path.name for path in tmp_path.iterdir()] == [reference.FILE]
 
 
 def test_a_row_that_is_unknown_makes_its_batch_unknown(scores: reference.ReferenceScores) -> None:

@@ -219,6 +219,55 @@ def test_the_reference_is_scored_once(
     assert sum(scored) == 4 + 24, "TRL scores it by itself"
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"train__num_train_epochs": 2}, range(18)),
+        ({"train__num_train_epochs": 1}, range(18, 18)),
+        ({"train__num_train_epochs": 2, "train__eval_steps": 2}, range(24)),
+        ({"train__max_steps": 3, "train__eval_steps": 2}, range(18, 24)),
+        ({"train__max_steps": 3, "train__eval_steps": 4}, range(18, 18)),
+    ],
+)
+def test_only_rows_that_are_seen_again_are_scored_beforehand(
+    settings: dict[str, Any],
+    kept: range,
+    tiny_llama: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """18 training rows, then 6 validation rows."""
+    scored: list[range] = []
+    monkeypatch.setattr(
+        trainer_factory.PreferenceTrainer,
+        "score_reference",
+        lambda self, progress, is_stopped: bool(scored.append(self.reference.kept)) or True,
+    )
+    train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", data__validation_fraction=0.25, **settings))
+    assert scored == ([kept] if kept else [])
+
+
+def test_a_signal_ends_the_reference_phase(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the phase after step 1 and, resumed, in the phase before step 2: no further step; then the uninterrupted bytes."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings = {"train__num_train_epochs": 2, "train__tokens_per_call": 100}
+    train(resolve("dpo", tiny_llama, pairs, whole, **settings))
+    resolved = resolve("dpo", tiny_llama, pairs, out, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.PhaseProgress, "__call__", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        for resume in (False, True):
+            with pytest.raises(Interrupted) as caught:
+                train(resolved, resume=resume)
+            assert (caught.value.exit_code, "step 1" in str(caught.value)) == (143, True)
+            assert not (out / "reference.safetensors").exists()
+    report = train(resolved, resume=True)
+    assert report.steps_done_now == report.optimizer_steps - 1
+    assert adapter_hash(out) == adapter_hash(whole)
+
+
 @pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_resumed_with_a_kept_reference(

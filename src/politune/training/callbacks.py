@@ -149,27 +149,35 @@ class PhaseProgress:
 class ScoreReference(TrainerCallback):
     """Has the reference scored after the first step, so that a run that cannot train says so before that.
 
-    A resumed run, whose first step is not the run's first, has it scored before.
+    A resumed run, whose first step is not the run's first, has it scored before. A request to stop ends the phase; what it
+    had is computed again by the resumed run.
+
+    Args:
+        score: scores the reference; False where it was stopped.
+        progress: its clock leaves the phase out.
+        request: of the signals.
     """
 
-    def __init__(self, score: Callable[[], None], progress: Progress | None) -> None:
-        self.score: Callable[[], None] | None = score
-        self.progress = progress
+    def __init__(self, score: Callable[[], bool], progress: Progress | None, request: StopRequest) -> None:
+        self.score, self.progress, self.request = score, progress, request
+        self.is_due = True
 
-    def _once(self) -> None:
-        if self.score:
-            started = time.monotonic()
-            self.score()
-            if self.progress:  # the time of a step is not that of the phase
-                self.progress.started += time.monotonic() - started
-        self.score = None
+    def _once(self) -> bool:
+        started = time.monotonic()
+        self.is_due = False
+        complete = self.score()
+        if self.progress:
+            self.progress.started += time.monotonic() - started
+        return complete
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            self._once()
+        if state.global_step and not self._once():
+            raise self.request.interrupted(f"interrupted: step {state.global_step} is saved, no adapter was exported")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._once()
+        if self.is_due and not control.should_training_stop and not self._once():
+            control.should_save = True
+            control.should_training_stop = True
 
 
 class Commit(TrainerCallback):

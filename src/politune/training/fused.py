@@ -23,6 +23,7 @@ def fuse(model: nn.Module) -> None:
 
     Modules are compared as they are now: with dropout acting on a projection, its MLP stays as it is.
     """
+    undo(model)
     for module in model.modules():
         if _is_gated_mlp(module) and _same(module, mlp := _MlpForward(module, module.forward)):
             module.forward = mlp
@@ -48,8 +49,11 @@ def _same(module: Any, fused: Any) -> bool:
 def undo(model: nn.Module) -> None:
     """Gives every module its own forward pass back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _LoraForward | _MlpForward | _NormForward):
+        fused = module.__dict__.get("forward")
+        if isinstance(fused, _LoraForward | _MlpForward | _NormForward):
             del module.forward
+            if fused.previous is not None:
+                module.forward = fused.previous
 
 
 # --- LoRA projections ------------------------------------------------------------------------------------------------
@@ -85,22 +89,33 @@ class _Projection:
         if self.a is None or self.b is None or low is None:
             return (dx,)
         d_low = torch.mm(dy, self.b)
-        dx.addmm_(d_low, self.a)
-        return dx, torch.mm(d_low.t(), x).float(), torch.mm(dy.t(), low).float().mul_(self.scale)
+        return dx.addmm_(d_low, self.a), torch.mm(d_low.t(), x).float(), torch.mm(dy.t(), low).float().mul_(self.scale)
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
     """Whether a module is PEFT's plain LoRA on a plain linear layer: no DoRA or other variant, no bias of its own."""
     from peft.tuners.lora.layer import Linear
 
-    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
+    if type(module) is not Linear or not _is_frozen_linear(module.base_layer) or module.fan_in_fan_out:
         return False
     return list(module.lora_A) == ["default"] and not module.lora_variant and not module.lora_bias["default"]
+
+
+def _is_frozen_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _is_active(module: Any) -> bool:
     """Whether a LoRA layer adds its product at all now."""
     return not module.disable_adapters and not module.merged and list(module.active_adapters) == ["default"]
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a projection of an MLP is a linear layer alone or with its own adapter, without dropout, now."""
+    if not hasattr(module, "base_layer"):
+        return True
+    is_off = module.disable_adapters and not module.merged
+    return is_off or (_is_active(module) and not _drops(module))
 
 
 def _drops(module: Any) -> bool:
@@ -138,7 +153,7 @@ class _LoraForward:
     """The forward pass of one LoRA projection."""
 
     def __init__(self, module: Any, original: Any) -> None:
-        self.module, self.original = module, original
+        self.module, self.original, self.previous = module, original, module.__dict__.get("forward")
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not _is_active(self.module) or _drops(self.module) or not _fits(self.module, x):
@@ -177,7 +192,7 @@ def _is_gated_mlp(module: Any) -> bool:
         return False
     parts = [getattr(module, name) for name in names]
     return set(dict(module.named_children())) <= {*names, "act_fn"} and all(
-        type(part) is nn.Linear or _is_lora_linear(part) for part in parts
+        _is_frozen_linear(part) or _is_lora_linear(part) for part in parts
     )
 
 
@@ -185,11 +200,11 @@ class _MlpForward:
     """The forward pass of one gated MLP."""
 
     def __init__(self, module: Any, original: Any) -> None:
-        self.module, self.original = module, original
+        self.module, self.original, self.previous = module, original, module.__dict__.get("forward")
         self.parts = (module.gate_proj, module.up_proj, module.down_proj)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if any((hasattr(part, "base_layer") and _drops(part)) or not _fits(part, x) for part in self.parts):
+        if not all(_is_plain(part) and _fits(part, x) for part in self.parts):
             result: Tensor = self.original(x)
             return result
         adapters = [tensor for part in self.parts for tensor in _adapter(part)]
@@ -258,6 +273,7 @@ class _NormForward:
 
     def __init__(self, module: Any, offset: float) -> None:
         self.module, self.offset, self.epsilon = module, offset, _epsilon(module)
+        self.previous = module.__dict__.get("forward")
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Norm.apply(x, self.module.weight, self.offset, self.epsilon)

@@ -91,7 +91,7 @@ def from_document(document: Mapping[str, Any]) -> TrainReport:
         (title, tuple((name, tuple((x, y) for x, y in points)) for name, points in series))
         for title, series in document["curves"]
     )
-    return TrainReport(**{**document, "curves": tuple(curves)})
+    return TrainReport(**{"reference_seconds": 0.0, **document, "curves": tuple(curves)})
 
 
 def named(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The reference model's log-probabilities of every row: computed once, kept with the run, never taken for another's."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 FILE = "reference.safetensors"
@@ -29,50 +30,55 @@ def key_of(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 class ReferenceScores:
-    """Log-probabilities of chosen and rejected, float32 [rows, 2], by the rows' numbers; NaN where not computed yet.
+    """Log-probabilities of chosen and rejected, float32 [rows, 2], by the rows' numbers; NaN where not known.
 
     Args:
         path: the file that keeps them; it is read at once, if it was written under the same key and is whole.
         key: of `key_of`.
         rows: how many rows there are.
+        kept: the numbers of those that are needed more than once; the others are never looked up.
     """
 
-    def __init__(self, path: Path, key: str, rows: int) -> None:
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: str, rows: int, kept: range) -> None:
+        self.path, self.key, self.kept = path, key, kept
         self.values = torch.full((rows, 2), torch.nan)
-        self.was_read = self._read()
+        self._read()
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row is known."""
-        return not bool(self.values.isnan().any())
+        """Whether every row that is needed more than once is known."""
+        return not bool(self.values[self.kept.start : self.kept.stop].isnan().any())
 
     def find(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """(chosen, rejected) of the rows with these numbers, None where one of them is not known."""
         found = self.values[rows.cpu()]
         return None if bool(found.isnan().any()) else (found[:, 0], found[:, 1])
 
-    def save(self) -> None:
-        """Writes the file in one rename."""
+    def save(self) -> str | None:
+        """Writes the file in one rename; what went wrong, where that failed: the file only saves a resumed run time."""
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        save_file({"log_probs": self.values}, draft, {"politune.reference": self.key})
-        with draft.open("rb") as handle:
-            os.fsync(handle.fileno())
-        draft.replace(self.path)
+        metadata = {"politune.reference": self.key, "sha256": _hash(self.values)}
+        try:
+            draft.write_bytes(save({"log_probs": self.values}, metadata))
+            with draft.open("rb") as handle:
+                os.fsync(handle.fileno())
+            draft.replace(self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            return str(error)
+        return None
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
         try:
             with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("politune.reference") != self.key:
-                    return False
-                values = file.get_tensor("log_probs")
-        except (OSError, RuntimeError, ValueError, KeyError) as _:
-            return False
-        except Exception as error:  # safetensors raises a class of its own for a damaged file
-            if type(error).__name__ != "SafetensorError":
-                raise
-            return False
-        if values.shape != self.values.shape or bool(values.isnan().any()):
-            return False
-        self.values = values
-        return True
+                metadata, values = file.metadata() or {}, file.get_tensor("log_probs")
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return
+        same = metadata.get("politune.reference") == self.key and values.shape == self.values.shape
+        if same and metadata.get("sha256") == _hash(values):
+            self.values = values
+
+
+def _hash(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

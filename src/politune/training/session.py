@@ -81,34 +81,39 @@ class Session:
         trainer = self.trainer
         if self.run.method != "dpo" or not trainer.precompute_ref_logps:
             return
+        kept = self._rows_seen_again()
         layout = {
             "packed tokens": trainer.packed.tokens_per_call if trainer.packed else None,
             "rows": self.run.train.per_device_train_batch_size,
+            "kept": [kept.start, kept.stop],
             "sha256 of the validation tokens": hash_tokens(self.prepared.validation),
         }
         rows = len(self.prepared.train) + len(self.prepared.validation)
-        path = self.directory / reference.FILE
-        trainer.reference = reference.ReferenceScores(path, reference.key_of(identity, layout), rows)
-        if not trainer.reference.is_complete and self._sees_rows_again():
+        path, key = self.directory / reference.FILE, reference.key_of(identity, layout)
+        trainer.reference = reference.ReferenceScores(path, key, rows, kept)
+        if not trainer.reference.is_complete:
             progress = next((each for each in self.watchers if isinstance(each, callbacks.Progress)), None)
-            trainer.add_callback(callbacks.ScoreReference(self._score_reference, progress))
+            trainer.add_callback(callbacks.ScoreReference(self._score_reference, progress, self.stop))
 
-    def _sees_rows_again(self) -> bool:
-        """Whether training takes more rows than there are: else each row's reference is needed once at most."""
-        args, rows = self.trainer.args, len(self.prepared.train)
-        per_epoch, steps = plan.count_optimizer_steps(self.run, rows, world_size())
-        return steps > per_epoch or (args.eval_strategy != "no" and bool(self.prepared.validation))
+    def _rows_seen_again(self) -> range:
+        """The numbers of the rows that the run takes more than once: training rows, then validation rows."""
+        train, validation = len(self.prepared.train), len(self.prepared.validation)
+        per_epoch, steps = plan.count_optimizer_steps(self.run, train, world_size())
+        every = self.run.train.eval_steps
+        evaluated_again = bool(every) and steps >= every
+        return range(0 if steps > per_epoch else train, train + validation if evaluated_again else train)
 
-    def _score_reference(self) -> None:
-        """The reference phase: its own lines of progress, its own seconds."""
-        started = time.monotonic()
-        trainer = self.trainer
-        rows = trainer.reference.values.shape[0]
-        self.say(f"computing the reference's log-probabilities of {rows} rows, once for the whole run")
-        trainer.score_reference(callbacks.PhaseProgress("reference", quiet=self.quiet or not is_main_process()))
-        if is_main_process():
-            trainer.reference.save()
+    def _score_reference(self) -> bool:
+        """The reference phase: its own lines of progress, its own seconds; False where a signal ended it."""
+        started, trainer = time.monotonic(), self.trainer
+        kept = trainer.reference.kept
+        self.say(f"computing the reference's log-probabilities of {len(kept)} rows, once for the whole run")
+        progress = callbacks.PhaseProgress("reference", quiet=self.quiet or not is_main_process())
+        complete: bool = trainer.score_reference(progress, lambda: self.stop.signal_number is not None)
+        if complete and is_main_process() and (flaw := trainer.reference.save()):
+            self.say(f"they are not kept, a resumed run computes them again: {safe(flaw)}")
         self.reference_seconds = time.monotonic() - started
+        return complete
 
     def __enter__(self) -> "Session":
         return self

@@ -24,6 +24,7 @@ from politune.training.reference import ReferenceScores
 NEEDS_PADDED_ROWS = {
     "activation_offloading": "wants the backward pass inside the trainer's own step",
     "label_smoothing_factor": "needs the logits of every token",
+    "torch_compile": "compiles the model for padded batches",
     "neftune_noise_alpha": "scales its noise by the length of the padded rows",
 }
 # The column that says which row of the run a row is.
@@ -191,33 +192,41 @@ class PreferenceTrainer(_Trainer, DPOTrainer):  # type: ignore[misc]
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = found[0].to(device), found[1].to(device)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def score_reference(self, progress: Callable[[int, int], None]) -> None:
-        """Computes the reference's log-probabilities of every training and validation row, long rows first.
+    def score_reference(self, progress: Callable[[int, int], None], is_stopped: Callable[[], bool]) -> bool:
+        """Computes the reference's log-probabilities of the rows that are kept, long rows first; False where stopped.
 
         Every process takes its share, and all get all. Rows are put together by their length, so that a batch has little
         padding; it is as large as a packed call, or has the run's rows where nothing is packed.
 
         Args:
             progress: told (rows done, rows in all) after every batch; counts this process's rows times the processes.
+            is_stopped: asked before every batch.
         """
         assert self.reference is not None
-        rows = [row for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None for row in dataset]
+        kept, values = self.reference.kept, self.reference.values
+        known, scored = torch.zeros_like(values), torch.zeros(len(values), 1)
+        datasets = [dataset for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None]
+        rows = [row for dataset in datasets for row in dataset if row[ROW] in kept]
         rows.sort(key=lambda row: (-_length(row), row[ROW]))
         batches = _by_tokens(rows, self.packed.tokens_per_call) if self.packed else _by_rows(rows, self.args)
-        known = torch.full_like(self.reference.values, torch.nan)
         done = 0
         for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+            if is_stopped():
+                break
             inputs = self._prepare_inputs(self.data_collator(batch))
             numbers = inputs.pop(ROW).cpu()
             with without_dropout(self.model):
                 scores = self.compute_ref_log_probs(self.model, inputs)
-            known[numbers] = torch.stack(scores, 1).float().cpu()
+            known[numbers], scored[numbers] = torch.stack(scores, 1).float().cpu(), 1.0
             done += len(batch)
             progress(min(len(rows), done * self.accelerator.num_processes), len(rows))
-        if self.accelerator.num_processes > 1:
-            shares = self.accelerator.gather(known.unsqueeze(0).to(self.accelerator.device)).cpu()
-            known = shares.nan_to_num(0.0).sum(0)
-        self.reference.values = known
+        if self.accelerator.num_processes > 1:  # each row is one process's, and zero in the others
+            share = torch.cat([known, scored], 1).unsqueeze(0).to(self.accelerator.device)
+            known, scored = self.accelerator.gather(share).sum(0).cpu().split([2, 1], 1)
+        if not bool(scored[kept.start : kept.stop].all()):
+            return False
+        self.reference.values = known.masked_fill(scored == 0, torch.nan)
+        return True
 
 
 class CompletionTrainer(_Trainer, SFTTrainer):  # type: ignore[misc]
