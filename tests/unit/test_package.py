@@ -20,7 +20,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
 # Needed at run time without an import of ours, and by whom.
 NEEDED_BY_OTHERS = {
-    "accelerate": "transformers' trainer",
     "bitsandbytes": "transformers' 4-bit loading",
     "gguf": "transformers' GGUF loading (the demo model)",
     "tensorboard": "torch.utils.tensorboard",

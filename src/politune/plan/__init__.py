@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterator
 
 from politune.config import DpoRun, Run
+from politune.plan.calls import PAYING_TOKENS as TOKENS_PER_CALL
+from politune.plan.calls import Calls, is_packed, row_tokens
+from politune.plan.changes import find_change
 from politune.plan.machine import Gpu, Machine, find_gpus, probe
-from politune.plan.memory import TOKENS_PER_CALL, MemoryNeed, adapter_number_bytes, find_change, memory_need
+from politune.plan.memory import MARGIN, MemoryNeed, adapter_number_bytes, explain, memory_need
 from politune.plan.notes import notes_on
 from politune.plan.rates import Rate, known_rate, remember_rate
 from politune.plan.report import (
@@ -64,6 +67,7 @@ def estimate(
     *,
     processes: int = 1,
     rate: Rate | None = None,
+    tokens_per_call: int | None = None,
 ) -> PlanReport:
     """The plan of a run; nothing is loaded, downloaded or written.
 
@@ -74,11 +78,17 @@ def estimate(
         machine: what there is (`probe`).
         processes: how many processes train together (torchrun's WORLD_SIZE).
         rate: the speed of an earlier run of this kind on this machine (`known_rate`).
+        tokens_per_call: what a run that is resumed had; by default what the run asks for, else what suits it here.
     """
     steps = _plan_steps(run, data, processes)
     tokens = _plan_tokens(run, shape, data, steps)
     adapter = _plan_adapter(run, shape, steps)
-    memory = _plan_memory(run, shape, tokens, machine, processes)
+    length = tokens.longest if tokens else run.data.max_length
+    calls = _plan_calls(run, shape, data, machine, processes)
+    limit = (
+        (tokens_per_call or calls.limit(shape, length, _available_per_process(machine, processes))) if calls else None
+    )
+    memory = _plan_memory(run, shape, data, length, limit, machine, processes)
     disk = adapter.file_bytes + adapter.checkpoints_bytes if adapter and adapter.checkpoints_bytes is not None else None
     return PlanReport(
         method=run.method,
@@ -87,6 +97,7 @@ def estimate(
         output_dir=run.train.output_dir,
         processes=processes,
         fits=memory.fits if memory else None,
+        tokens_per_call=limit,
         steps=steps,
         tokens=tokens,
         adapter=adapter,
@@ -116,7 +127,7 @@ def count_optimizer_steps(run: Run, rows: int, processes: int = 1) -> tuple[int,
 
 
 def _plan_steps(run: Run, data: DataShape | None, processes: int) -> StepPlan | None:
-    if data is None or data.rows < 1 or run.trl.get("packing"):
+    if data is None or data.rows < 1:
         return None
     rows, held_out = _split(run, data)
     per_epoch, steps = count_optimizer_steps(run, rows, processes)
@@ -148,17 +159,34 @@ def _epochs(run: Run, per_epoch: int, steps: int) -> float:
 def _plan_tokens(
     run: Run, shape: ModelShape | None, data: DataShape | None, steps: StepPlan | None
 ) -> TokenPlan | None:
-    """A prompt counts once per completion, because each goes through the model with it."""
+    """A prompt counts once per completion, as the data's tokens do; packed, it is computed once."""
     if data is None or steps is None:
         return None
-    template = 0 if data.templated else shape.template_tokens if shape else UNKNOWN_TEMPLATE_TOKENS
+    template, packed = _template_tokens(shape, data), is_packed(run, shape)
     longest = run.data.max_length
     if data.longest_tokens is not None:
         longest = min(longest, data.longest_tokens + template)
     if data.prompt_tokens is None or data.completion_tokens is None:
-        return TokenPlan(None, None, longest, data.basis)
+        return TokenPlan(None, None, longest, data.basis, packed, None, None, steps.epochs)
     per_row = sum(min(run.data.max_length, data.prompt_tokens + side + template) for side in data.completion_tokens)
-    return TokenPlan(round(steps.rows * per_row), round(steps.rows * per_row * steps.epochs), longest, data.basis)
+    computed = row_tokens(run, data, template).mean if packed else per_row
+    scored = min(computed, sum(data.completion_tokens)) if packed else per_row
+    return TokenPlan(
+        per_epoch=round(steps.rows * per_row),
+        total=round(steps.rows * per_row * steps.epochs),
+        longest=longest,
+        basis=data.basis,
+        packed=packed,
+        computed_per_epoch=round(steps.rows * computed),
+        scored_per_epoch=round(steps.rows * scored),
+        epochs=steps.epochs,
+    )
+
+
+def _template_tokens(shape: ModelShape | None, data: DataShape | None) -> int:
+    if data is not None and data.templated:
+        return 0
+    return shape.template_tokens if shape else UNKNOWN_TEMPLATE_TOKENS
 
 
 def _plan_adapter(run: Run, shape: ModelShape | None, steps: StepPlan | None) -> AdapterPlan | None:
@@ -177,26 +205,56 @@ def _plan_adapter(run: Run, shape: ModelShape | None, steps: StepPlan | None) ->
     )
 
 
+def _plan_calls(
+    run: Run, shape: ModelShape | None, data: DataShape | None, machine: Machine, processes: int
+) -> Calls | None:
+    """The run's packed calls; None where its rows are padded."""
+    if not is_packed(run, shape):
+        return None
+    return Calls(run, row_tokens(run, data, _template_tokens(shape, data)), bool(machine.gpus), processes == 1)
+
+
 def _plan_memory(
-    run: Run, shape: ModelShape | None, tokens: TokenPlan | None, machine: Machine, processes: int
+    run: Run,
+    shape: ModelShape | None,
+    data: DataShape | None,
+    length: int,
+    limit: int | None,
+    machine: Machine,
+    processes: int,
 ) -> MemoryPlan | None:
     if shape is None:
         return None
     on_gpu = bool(machine.gpus)
-    length = tokens.longest if tokens else run.data.max_length
-    need = memory_need(run, shape, length, on_gpu=on_gpu)
+
+    def need_of(changed: Run, length: int, limit: int) -> MemoryNeed:
+        calls = _plan_calls(changed, shape, data, machine, processes)
+        return calls.need(shape, length, limit) if calls else memory_need(changed, shape, length, on_gpu=on_gpu)
+
+    need = need_of(run, length, limit or 0)
     available = _available_per_process(machine, processes)
     change = None
-    if available is not None and need.peak_bytes > available:
+    if available is not None and not need.fits_into(available):
         bf16 = not on_gpu or machine.gpus[0].computes_bfloat16
-        change = find_change(run, shape, length, available, on_gpu=on_gpu, bf16=bf16)
+        change = find_change(
+            run,
+            length,
+            available,
+            lambda changed, length: need_of(changed, length, changed.train.tokens_per_call),
+            bf16=bf16,
+        )
+    calls = _plan_calls(run, shape, data, machine, processes)
+    call_tokens = calls.tokens(limit or 0) if calls else None
     return MemoryPlan(
         need=need,
         peak_bytes=need.peak_bytes,
+        margin=MARGIN,
         available_bytes=available,
         sequence_tokens=length,
+        call_tokens=call_tokens,
         change=change.flags if change else None,
         change_peak_bytes=change.peak_bytes if change else None,
+        formula=tuple(explain(run, shape, length, call_tokens, on_gpu=on_gpu)),
     )
 
 
@@ -212,17 +270,27 @@ def _count_flops(run: Run, shape: ModelShape | None, tokens: TokenPlan | None) -
     """Operations for the run's tokens: 2 per weight and token for a forward pass (Kaplan et al. 2020, 2001.08361, 2.1).
 
     The base is frozen, so its backward pass computes gradients of activations only: 2 more, not 4. Checkpointing
-    repeats the forward pass: 2. DPO's reference pass: 2, once per epoch, or once in all where it is precomputed.
-    Weights are the projections and the output layer; the products inside attention and padding are left out.
+    repeats the forward pass: 2. DPO's reference pass: 2, once in all, or once per epoch where it is not kept. The output
+    layer sees the completions' tokens alone where rows are packed, and all of them where they are padded. The products
+    inside attention, the adapter's own and padding are left out.
     """
-    if shape is None or tokens is None or tokens.total is None or tokens.per_epoch is None:
+    if shape is None or tokens is None or tokens.computed_per_epoch is None or tokens.scored_per_epoch is None:
         return None
-    weights = shape.linear_parameters + shape.vocab * shape.hidden
-    trained = 2.0 * weights * tokens.total * (3 if run.train.gradient_checkpointing else 2)
+    layers, output = (
+        2.0 * shape.linear_parameters * tokens.computed_per_epoch,
+        2.0 * shape.vocab * shape.hidden * tokens.scored_per_epoch,
+    )
+    passes = 3 if run.train.gradient_checkpointing else 2
+    trained = layers * passes + output * (2 if tokens.packed else passes)
+    reference = (layers + output) * _reference_passes(run, tokens.epochs)
+    return trained * tokens.epochs + reference
+
+
+def _reference_passes(run: Run, epochs: float) -> float:
+    """How often DPO's reference scores the rows."""
     if not isinstance(run, DpoRun):
-        return trained
-    scored_once = bool(run.trl.get("precompute_ref_log_probs"))
-    return trained + 2.0 * weights * (tokens.per_epoch if scored_once else tokens.total)
+        return 0.0
+    return min(1.0, epochs) if run.trl.get("precompute_ref_log_probs", True) else epochs
 
 
 def _unknown(run: Run, shape: ModelShape | None, data: DataShape | None, machine: Machine) -> Iterator[str]:
@@ -235,8 +303,6 @@ def _unknown(run: Run, shape: ModelShape | None, data: DataShape | None, machine
         yield f"The size of {run.data.dataset_name}: it is counted when it is loaded."
     elif data.prompt_tokens is None or data.completion_tokens is None:
         yield f"The lengths of {run.data.dataset_name}."
-    if run.trl.get("packing"):
-        yield "The number of steps: trl.packing joins rows, and how many are left is counted when they are packed."
     if shape and (data is None or data.longest_tokens is None):
         yield f"The longest row: memory is estimated for rows of max_length ({run.data.max_length:,} tokens)."
     if machine.device_bytes is None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from politune.config import DEMO_MODEL
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
 TOKENS_PER_WORD = 1.3  # English prose, subword tokenizers of 32k to 150k entries
 UNKNOWN_TEMPLATE_TOKENS = 16
 
@@ -15,6 +16,8 @@ _TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3_text"}
 _QKV_BIAS_BY_DEFAULT = {"qwen2"}
 _HEAD_NORMS = {"qwen3", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
+# Rotary embeddings that depend on the longest row of a batch; rows of such models are padded.
+_UNPACKABLE_ROPE = ("dynamic", "longrope")
 _KNOWN_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"}
 
 
@@ -33,6 +36,8 @@ class ModelShape:
     tied_embeddings: bool
     template_tokens: int = UNKNOWN_TEMPLATE_TOKENS
     """Tokens that the chat template adds to one prompt and its completion."""
+    packs: bool = True
+    """Whether its rows can be packed, as far as its config tells."""
 
     @property
     def query_size(self) -> int:
@@ -86,13 +91,21 @@ def shape_from_config(config: Mapping[str, object]) -> ModelShape | None:
     head_dim = _count(config, "head_dim") or hidden // heads
     kv_heads = _count(config, "num_key_value_heads") or heads
     tied = bool(config.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT))
-    shape = ModelShape(0, layers, hidden, intermediate, heads, kv_heads, head_dim, int(str(vocab)), tied)
+    shape = ModelShape(
+        0, layers, hidden, intermediate, heads, kv_heads, head_dim, int(str(vocab)), tied, packs=_packs(config)
+    )
     return _with_parameters(shape, kind, config)
 
 
 def _count(config: Mapping[str, object], key: str) -> int:
     value = config.get(key)
     return value if isinstance(value, int) and value > 0 else 0
+
+
+def _packs(config: Mapping[str, object]) -> bool:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+    return not config.get("attention_dropout") and kind not in _UNPACKABLE_ROPE
 
 
 def _with_parameters(shape: ModelShape, kind: str, config: Mapping[str, object]) -> ModelShape:
@@ -134,6 +147,10 @@ class DataShape:
     """95 of 100 completions are at most this long (in pairs: of the longer side)."""
     longest_tokens: int | None = None
     """Longest prompt + completion."""
+    longest_packed_tokens: int | None = None
+    """Longest row, its prompt once and every completion."""
+    packed_deviation: float | None = None
+    """Standard deviation of the same."""
     templated: bool = False
     """Whether the lengths include the tokens of the chat template."""
     basis: str = ""
@@ -162,12 +179,15 @@ def count_tokens(rows: Iterable[Sequence[int]], *, templated: bool, basis: str =
     if not counted:
         return DataShape(0, templated=templated, basis=basis)
     prompts, *completions = zip(*counted, strict=True)
+    packed = [sum(row) for row in counted]
     return DataShape(
         rows=len(counted),
         prompt_tokens=_mean(prompts),
         completion_tokens=tuple(_mean(side) for side in completions),
         completion_tokens_p95=max(_percentile_95(side) for side in completions),
         longest_tokens=max(prompt + max(sides) for prompt, *sides in counted),
+        longest_packed_tokens=max(packed),
+        packed_deviation=_deviation(packed),
         templated=templated,
         basis=basis,
     )
@@ -179,8 +199,13 @@ def count_words(rows: Iterable[Sequence[str]]) -> DataShape:
     return count_tokens(counted, templated=False, basis=f"counted in words, {TOKENS_PER_WORD} tokens each")
 
 
-def _mean(values: Sequence[int]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _deviation(values: Sequence[int]) -> float:
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
 def _percentile_95(values: Sequence[int]) -> float:

@@ -25,9 +25,11 @@ MAY_CHANGE = (
 )
 # Names whose content is compared instead: a path may be written differently, and a revision may move.
 COMPARED_BY_HASH = ("model.model_name_or_path", "model.revision", "data.dataset_name", "data.dataset_revision")
+# Of a packed call; what is chosen for a machine depends on its free memory, so a resumed run takes the former value.
+CALL_TOKENS = "tokens per call"
 
 
-def identity_of(run: Run, prepared: Prepared) -> dict[str, Any]:
+def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> dict[str, Any]:
     """Everything that must be equal for a resumed run to give the bytes of an uninterrupted one, as plain JSON."""
     import torch
 
@@ -41,6 +43,7 @@ def identity_of(run: Run, prepared: Prepared) -> dict[str, Any]:
         "sha256 of the training tokens": prepared.tokens_sha256,
         "sha256 of the base model": prepared.base_sha256,
         "sha256 of the base model's config": _hash(prepared.base.config),
+        CALL_TOKENS: tokens_per_call,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "device": accelerator.type if accelerator else "cpu",

@@ -263,7 +263,7 @@ class PackedForward:
             used += size
 
     def expect(self, index: int) -> None:
-        """The next model call with gradients is for batch `index` of the step."""
+        """Model calls are for batch `index` of the step from now on, until `finish`."""
         self._next = index
 
     def finish(self, index: int) -> None:

@@ -16,7 +16,7 @@ from politune.presets import Resolved, command
 from politune.training import checkpoints
 from politune.training.directory import claimed
 from politune.training.failures import translated
-from politune.training.identity import check_checkpoint, check_finished, identity_of
+from politune.training.identity import CALL_TOKENS, check_checkpoint, check_finished, identity_of
 from politune.training.outcome import TrainReport, from_document
 from politune.training.prepare import Prepared, prepare
 from politune.training.processes import is_main_process, resuming, use_one_gpu, world_size
@@ -58,11 +58,12 @@ def train(
             say("this run is finished: nothing left to train")
             return from_document({**papers.document["metrics"], "steps_done_now": 0})
         prepared = prepare(run, table, offline, say)
-        estimate = _estimate(run, prepared, directory)
+        checkpoint = _newest_checkpoint(directory, say) if resume else None
+        former = checkpoints.identity_of(checkpoint) if checkpoint else {}
+        estimate = _estimate(run, prepared, directory, former.get(CALL_TOKENS))
         if is_main_process():
             show(estimate)
-        identity, metadata = identity_of(run, prepared), _metadata(run, prepared)
-        checkpoint = _newest_checkpoint(directory, say) if resume else None
+        identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
         if checkpoint:
             check_checkpoint(checkpoint, identity)
         papers.begin(base=prepared.base_facts(), data=prepared.data_facts(), plan=asdict(estimate), disclosure=metadata)
@@ -111,12 +112,14 @@ def _newest_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | No
     return found
 
 
-def _estimate(run: Run, prepared: Prepared, directory: Path) -> plan.PlanReport:
+def _estimate(run: Run, prepared: Prepared, directory: Path, tokens_per_call: int | None) -> plan.PlanReport:
     machine = plan.probe(directory)
     shape = plan.shape_from_config(prepared.base.config)
     preview.check_modules(run, shape)
     rate = plan.known_rate(run, machine, processes=world_size())
-    return plan.estimate(run, shape, prepared.lengths, machine, processes=world_size(), rate=rate)
+    return plan.estimate(
+        run, shape, prepared.lengths, machine, processes=world_size(), rate=rate, tokens_per_call=tokens_per_call
+    )
 
 
 def _metadata(run: Run, prepared: Prepared) -> dict[str, str]:

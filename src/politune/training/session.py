@@ -16,6 +16,7 @@ from politune.errors import ConfigError, TrainingError, safe
 from politune.models import files, load
 from politune.presets import flatten
 from politune.training import callbacks, checkpoints, reference, trackers, trainer_factory
+from politune.training.identity import CALL_TOKENS
 from politune.training.outcome import TrainReport, draw_curves, named
 from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
@@ -65,14 +66,14 @@ class Session:
         self.trainer = trainer_factory.build(
             run, config, model, prepared.tokenizer, rows, [*everywhere, *self._logs(), *self.watchers]
         )
-        self._pack()
+        self._pack(identity[CALL_TOKENS])
         self._keep_reference(identity)
 
-    def _pack(self) -> None:
+    def _pack(self, tokens_per_call: int | None) -> None:
         """Packs the rows of every forward pass, or says why not."""
         if self.run.train.packing == "off":
             return
-        tokens = self.run.train.tokens_per_call or plan.TOKENS_PER_CALL
+        tokens = tokens_per_call or plan.TOKENS_PER_CALL
         if reason := trainer_factory.use_packed_rows(self.trainer, self.run, tokens):
             self.say(f"rows are padded, not packed: {safe(reason, 300)}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -317,6 +318,8 @@ def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
     for setting, why in NEEDS_PADDED_ROWS.items():
         if getattr(trainer.args, setting, None):
             return f"trl.{setting} {why}"
+    # Each process has looked at its own memory; they must lay rows out alike.
+    tokens_per_call = broadcast_object_list([tokens_per_call])[0]
     with accelerator.autocast(), without_dropout(model):
         if reason := why_not(model, paired=paired):
             return reason
