@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= .demo
 QUESTION ?= Should unemployment benefits be more generous?
 
-.PHONY: demo test check format lint types wheel figures bench clean
+.PHONY: demo test check format lint types wheel figures bench bench-plan clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("politune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -53,6 +53,10 @@ figures: $(VENV)/.developing
 # Speed and memory against TRL, in about 75 minutes on a quiet machine; writes benchmarks/RESULTS.md.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
+
+# Predicted against measured memory and time of 16 runs, in about 20 minutes on a quiet machine; writes benchmarks/PLAN.md.
+bench-plan: $(VENV)/.installed
+	$(BIN)/python benchmarks/plan.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist

@@ -2,9 +2,9 @@
 
     python benchmarks/plan.py [--only NAME ...] [--work DIRECTORY] [--out FILE] [--render]
 
-Each configuration is one `politune train` of two epochs in a process of its own, on made-up rows: the second epoch counts, and
-the reference phase apart. The plan is the one that the run showed before it started and left in its run.json. Peaks are the most
-that the kernel saw the process hold.
+Each configuration is one `politune train --calibrate` of two epochs in a process of its own, on made-up rows: the second epoch
+counts, and the reference phase apart. The plan is the one that the run showed before it started and left in its run.json, with a
+calibration made just before. Peaks are the most that the kernel saw the process hold.
 
 Records stand in `--work`; configurations that are in them are not measured again, unless they are named.
 """
@@ -96,11 +96,10 @@ class Bench:
     def measure(self, configuration: Configuration) -> None:
         """Trains, and records what was predicted and what it took."""
         directory = self.work / "run"
-        for left in (directory, self.work / "cache"):  # a remembered speed would be no prediction
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         peak_bytes = self._child(
             "-m", "politune", "train", configuration.method, *self._flags(configuration),
-            "--output_dir", str(directory), "--offline",
+            "--output_dir", str(directory), "--offline", "--calibrate",
         )  # fmt: skip
         document = json.loads((directory / "run.json").read_text("utf-8"))
         lines = [json.loads(line) for line in (directory / "log.jsonl").read_text("utf-8").splitlines()]
@@ -197,13 +196,18 @@ def render(records: list[dict[str, Any]]) -> str:
         f" {', '.join(f'{name} {number}' for name, number in versions.items())}.",
         f"Rank, rows of a batch and of {ROWS_PER_STEP} a step, max_length; an epoch is the second of two, without the reference.",
         "",
-        "| run | predicted peak | measured | deviation | predicted epoch | measured | deviation |",
-        "|---|---|---|---|---|---|---|",
+        "| run | predicted peak | measured | deviation | predicted epoch | measured | deviation"
+        " | predicted reference | measured | deviation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {_name(record)} | {_memory(record)} | {_seconds(record)} |" for record in records]
+    lines += [
+        f"| {_name(record)} | {_memory(record)} | {_seconds(record, 'epoch_seconds')} | {_seconds(record, 'reference_seconds')} |"
+        for record in records
+    ]
     for what, deviations in (
         ("peaks", [_deviation(record) for record in records]),
-        ("epochs", _epoch_deviations(records)),
+        ("epochs", [_time_deviation(record, "epoch_seconds") for record in records]),
+        ("references", [_time_deviation(r, "reference_seconds") for r in records if r["reference_seconds"]]),
     ):
         if deviations:
             good = sum(abs(each) <= TOLERANCE for each in deviations)
@@ -225,21 +229,14 @@ def _memory(record: dict[str, Any]) -> str:
     return f"{predicted} | {format_bytes(record['peak_bytes'])} | {_deviation(record):+.1%}"
 
 
-def _epoch_seconds(record: dict[str, Any]) -> float | None:
-    """What the plan predicts of one epoch, where it could."""
-    seconds = record["plan"]["seconds"]
-    return seconds / record["plan"]["steps"]["epochs"] if seconds else None
+def _time_deviation(record: dict[str, Any], name: str) -> float:
+    return float(record["plan"]["time"][name] / record[name] - 1)
 
 
-def _epoch_deviations(records: list[dict[str, Any]]) -> list[float]:
-    return [seconds / record["epoch_seconds"] - 1 for record in records if (seconds := _epoch_seconds(record))]
-
-
-def _seconds(record: dict[str, Any]) -> str:
-    predicted, measured = _epoch_seconds(record), record["epoch_seconds"]
-    if predicted is None:
-        return f"unknown | {measured:.1f} s | "
-    return f"{predicted:.1f} s | {measured:.1f} s | {predicted / measured - 1:+.1%}"
+def _seconds(record: dict[str, Any], name: str) -> str:
+    if not record[name]:
+        return " | | "
+    return f"{record['plan']['time'][name]:.1f} s | {record[name]:.1f} s | {_time_deviation(record, name):+.1%}"
 
 
 def say(line: str) -> None:

@@ -86,6 +86,7 @@ def render(facts: Record, records: Sequence[Record]) -> str:
         _sizes(parts.get("size", [])),
         "## What limits it",
         _limits(parts.get("profile", [])),
+        _arithmetic(main, parts.get("profile", [])),
         "## Useful operations",
         "```\n" + (flops.__doc__ or "").strip() + "\n```",
         "## Versions and machine",
@@ -291,6 +292,34 @@ def _limits(profiles: list[Record]) -> str:
         for dtype, run in runs.items()
     ]
     return "\n\n".join([text, _table(["part of the time", *runs], rows), *operations])
+
+
+def _arithmetic(main: list[Record], profiles: list[Record]) -> str:
+    """How near to the peak each goal is, and how much of it the profile leaves."""
+    lines = ["What the goals ask for, by the medians above:", ""]
+    for dtype in DTYPES:
+        own = list(_by_round(main, "politune", dtype).values())
+        if not own:
+            continue
+        at_peak = statistics.median(run["useful_flops"] / statistics.mean(run["peak_flops_per_second"]) for run in own)
+        took = statistics.median(map(seconds, own))
+        lines.append(
+            f"- {dtype}: the needed operations alone take {at_peak:.1f} s at the peak; politune takes {took:.1f} s."
+        )
+        for arm, goal in FASTER_THAN.items():
+            other = statistics.median(map(seconds, _by_round(main, arm, dtype).values()))
+            lines.append(
+                f"  {goal}x {NAMES[arm]} ({other:.1f} s) is {other / goal:.1f} s, {at_peak / (other / goal):.0%} of the peak."
+            )
+        for run in profiles:
+            if run["dtype"] == dtype:
+                products = run["groups"]["matrix products"] / sum(run["groups"].values())
+                rest = took * (1 - products)
+                lines.append(
+                    f"  Of politune's time {products:.0%} are products, at {at_peak / (took * products):.0%} of the peak's speed."
+                    f" Were all of them at the peak and the rest as it is: {at_peak / (at_peak + rest):.0%} of the peak."
+                )
+    return "\n".join(lines)
 
 
 def _surroundings(facts: Record) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from politune import __version__, presets, report
-from politune.config import SHIPPED_DATA, DpoRun, SftRun
+from politune.config import SHIPPED_DATA, DpoRun, Run, SftRun
 from politune.errors import ConfigError, MachineError, OutputError, PolituneError, safe
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
@@ -46,6 +46,12 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="GROUP.NAME=VALUE", help="Set any setting; may be repeated.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, then stop before anything is loaded.")]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate", help="Measure for some seconds how fast this run would go, for the plan; it is remembered."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output-dir.")]
 
 
@@ -146,12 +152,17 @@ def _train_command(method: Literal["dpo", "sft"]) -> Callable[..., None]:
         preset: PresetName = None,
         set_: Sets = None,
         dry_run: DryRun = False,
+        calibrate: Calibrate = False,
         resume: Resume = False,
         offline: Offline = False,
         json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        _train(presets.resolve(method, preset, settings, set_ or ()), dry_run, resume, offline, json, quiet)
+        resolved = presets.resolve(method, preset, settings, set_ or ())
+        if dry_run:
+            _show_plan(resolved.run, calibrate, json, quiet)
+        else:
+            _train(resolved, calibrate, resume, offline, json, quiet)
 
     return command
 
@@ -162,16 +173,19 @@ train_app.command("dpo", help="Tune a LoRA adapter on preference pairs with DPO.
 train_app.command("sft", help="Tune a LoRA adapter on completions.")(with_settings(SftRun)(_train_command("sft")))
 
 
-def _train(resolved: presets.Resolved, dry_run: bool, resume: bool, offline: bool, as_json: bool, quiet: bool) -> None:
-    if dry_run:
-        from politune import preview
+def _show_plan(run: Run, calibrate: bool, as_json: bool, quiet: bool) -> None:
+    from politune import preview
 
-        if resolved.run.trl:
-            from politune.training.run import check_trl_table
+    if run.trl:
+        from politune.training.run import check_trl_table
 
-            check_trl_table(resolved.run)
-        report.show(preview.plan_run(resolved.run), as_json=as_json)
-        return
+        check_trl_table(run)
+    report.show(preview.plan_run(run, calibrate=calibrate, say=_say(quiet)), as_json=as_json)
+
+
+def _train(
+    resolved: presets.Resolved, calibrate: bool, resume: bool, offline: bool, as_json: bool, quiet: bool
+) -> None:
     with _stdout_reserved():
         from politune.training import run as training
 
@@ -180,6 +194,7 @@ def _train(resolved: presets.Resolved, dry_run: bool, resume: bool, offline: boo
             resume=resume,
             offline=offline,
             quiet=quiet,
+            calibrate=calibrate,
             say=_say(quiet),
             show=lambda estimate: None if quiet else report.show(estimate, as_json=False, file=sys.stderr),
             words=shlex.join(["politune", *sys.argv[1:]]),

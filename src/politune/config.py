@@ -65,6 +65,7 @@ OWNED_BY_POLITUNE = {
     "dataset_text_field": "nothing: politune tokenises the rows itself",
     "dataset_kwargs": "nothing: politune tokenises the rows itself",
     "shuffle_dataset": "train.seed",
+    "train_sampling_strategy": "train.seed",
     "assistant_only_loss": "nothing: the loss is on the completion",
     "chat_template_path": "nothing: the model's own chat template is used",
     "eos_token": "nothing: the model's own end of text is used",

@@ -13,8 +13,12 @@ from politune.errors import ConfigError, PolituneError, safe
 from politune.models import load
 
 
-def plan_run(run: Run) -> plan.PlanReport:
-    """The plan of a run from shipped knowledge, local files and the cache alone: no network, no torch.
+def plan_run(run: Run, *, calibrate: bool, say: Callable[[str], None]) -> plan.PlanReport:
+    """The plan of a run from shipped knowledge, local files and the cache alone: no network, no torch in this process.
+
+    Args:
+        calibrate: measure how fast it would go (`plan.timed`).
+        say: told of that.
 
     Raises:
         DataError: local data that would not train.
@@ -24,11 +28,12 @@ def plan_run(run: Run) -> plan.PlanReport:
     load.check(run.model)
     machine = plan.probe(Path(run.train.output_dir))
     config = load.read_config(run.model)
-    shape = plan.SHIPPED_SHAPES.get(run.model.model_name_or_path) or (
-        plan.shape_from_config(config) if config else None
-    )
+    shipped = plan.SHIPPED_SHAPES.get(run.model.model_name_or_path)
+    shape = shipped or (plan.shape_from_config(config) if config else None)
     check_modules(run, shape)
-    return plan.estimate(run, shape, _data_shape(run, table), machine, rate=plan.known_rate(run, machine))
+    data = _data_shape(run, table)
+    estimate = plan.estimate(run, shape, data, machine)
+    return plan.timed(estimate, run, shipped or config, data, calibrate=calibrate, say=say)
 
 
 def check_modules(run: Run, shape: plan.ModelShape | None) -> None:

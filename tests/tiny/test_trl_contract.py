@@ -5,10 +5,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from politune import config, presets
+from politune.errors import ConfigError
 from politune.training import trainer_factory
 
 CONFIGS = {"dpo": DPOConfig, "sft": SFTConfig}
@@ -71,3 +73,16 @@ def test_every_loss_type_is_known_to_trl() -> None:
     source = inspect.getsource(DPOTrainer._compute_loss)
     for loss in config.LossType.__args__:  # type: ignore[attr-defined]
         assert f'"{loss}"' in source, loss
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device to offload from")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("activation_offloading", "there is none"), ("use_liger_kernel", "not installed")],
+)
+def test_what_this_machine_cannot_do_is_refused_before_anything_is_loaded(
+    setting: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        trainer_factory.trl_config(presets.resolve(None, "demo-left", {f"trl.{setting}": True}).run, tmp_path)
+    assert refused.value.where == f"trl.{setting}"

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from politune.plan import (
     ModelShape,
     PlanReport,
     Rate,
+    TimePlan,
+    calibration,
+    calls,
     count_optimizer_steps,
     count_tokens,
     count_words,
@@ -30,8 +34,10 @@ from politune.plan import (
     known_rate,
     remember_rate,
     shape_from_config,
+    timed,
 )
 from politune.plan import machine as machines
+from politune.plan.calibration import rows_like
 from politune.plan.calls import Calls, RowTokens, row_tokens
 from politune.plan.changes import Change, find_change
 from politune.plan.memory import MARGIN, NF4_BITS, kept_per_token_and_layer, memory_need
@@ -42,6 +48,7 @@ LLAMA = SHIPPED_SHAPES["meta-llama/Meta-Llama-3-8B-Instruct"]
 GIGABYTE = 10**9
 ROOMY = Machine(cores=2, memory_available_bytes=10**15, disk_free_bytes=10**15)
 HUNDRED_ROWS = DataShape(100)
+HUNDRED_PAIRS = DataShape(100, 10, (20, 30))
 # 2 layers, hidden 8, MLP 16, 2 heads of 4, 1 key head, vocabulary 32: small enough for paper.
 TINY = ModelShape(0, 2, 8, 16, 2, 1, 4, 32, True, template_tokens=3)
 
@@ -349,7 +356,7 @@ def test_the_plan_names_the_calls_and_a_resumed_run_keeps_them() -> None:
     planned = plan_of(run_of(), DEMO, KNOWN_DATA["scale-lab/politune-left"])
     assert planned.tokens_per_call == 2048 and planned.memory and planned.memory.call_tokens == 2048
     assert plan_of(run_of(), DEMO, HUNDRED_ROWS, tokens_per_call=777).tokens_per_call == 777
-    for padded in (run_of(packing="off"), run_of(trl={"activation_offloading": True})):
+    for padded in (run_of(packing="off"), *(run_of(trl={name: 1}) for name in calls.NEEDS_PADDED_ROWS)):
         assert plan_of(padded, DEMO).tokens_per_call is None
     unpackable = shape_from_config({**LLAMA_CONFIG, "rope_scaling": {"rope_type": "longrope"}})
     assert plan_of(run_of(), unpackable).tokens_per_call is None
@@ -569,14 +576,11 @@ def test_arithmetic_and_time_by_hand() -> None:
     assert plan_of(run_of(**two), data=pairs).compute_flops == 6300 * 1152 * (8 + 2) + 5000 * 256 * (8 + 2)
     half = run_of(num_train_epochs=0.5)
     assert plan_of(half, data=pairs).compute_flops == 6300 * 1152 * (2 + 1) + 5000 * 256 * (2 + 1)
-    timed = plan_of(run_of("sft", **two), data=chats, rate=Rate(66.0, "2026-01-31"))
-    assert timed.seconds == 100
-    assert "about 2 min" in timed.headline
 
 
 def test_nothing_is_guessed() -> None:
     blind = plan_of(run_of(model={"model_name_or_path": "some/model"}), None, None, Machine(1, None, None))
-    fields = ("fits", "steps", "tokens", "adapter", "memory", "disk_bytes", "compute_flops", "seconds")
+    fields = ("fits", "steps", "tokens", "adapter", "memory", "disk_bytes", "compute_flops", "time")
     assert {name: getattr(blind, name) for name in fields} == dict.fromkeys(fields)
     assert [line.split(":")[0] for line in blind.unknown] == [
         "The sizes of some/model", "The size of ./rows.jsonl", "The memory of this machine.",
@@ -585,7 +589,7 @@ def test_nothing_is_guessed() -> None:
     assert counted.steps and counted.steps.rows == 51_760
     assert counted.tokens and counted.tokens.total is None and counted.memory
     assert counted.memory.sequence_tokens == 1024
-    assert "unknown until the first run on this machine" in shown(blind)
+    assert "unknown until the first run of this kind on this machine" in " ".join(shown(blind).split())
 
 
 def notes(
@@ -716,40 +720,120 @@ def test_gpus_are_what_the_driver_answers(monkeypatch: pytest.MonkeyPatch) -> No
     assert machines.find_gpus() == ()
 
 
+def rate_of(speed: float, reference: float | None = None, rows: float = 100.0) -> Rate:
+    return Rate(speed, reference, rows, "2026-01-31", "run", "CPU, 2 cores")
+
+
 def test_a_rate_is_remembered_for_runs_of_its_kind(tmp_path: Path) -> None:
-    run = run_of()
-    assert known_rate(run, ROOMY, cache=tmp_path) is None
-    assert remember_rate(run, ROOMY, 1234.5, cache=tmp_path / "new")
-    rate = known_rate(run_of(learning_rate=1e-5), ROOMY, cache=tmp_path / "new")
-    assert rate is not None and rate.tokens_per_second == 1234.5
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", rate.measured)
-    for other in (run_of("sft"), run_of(model={"bf16": True}), run_of(**CHECKPOINTED), run_of(trl={"ld_alpha": 0.5})):
-        assert known_rate(other, ROOMY, cache=tmp_path / "new") is None
-    assert known_rate(run, ROOMY, processes=2, cache=tmp_path / "new") is None
-    assert known_rate(run, Machine(1, 1, 1, (CARD,)), cache=tmp_path / "new") is None
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["rates.json"]
-    remember_rate(run, ROOMY, 99.0, cache=tmp_path / "new")
-    assert known_rate(run, ROOMY, cache=tmp_path / "new") == Rate(99.0, rate.measured)
+    run, cache = run_of(), tmp_path / "new"
+    assert known_rate(run, ROOMY, 100, cache=tmp_path) is None
+    assert remember_rate(run, ROOMY, rate_of(1234.5), cache=cache)
+    assert known_rate(run_of(learning_rate=1e-5), ROOMY, 100, cache=cache) == rate_of(1234.5)
+    others = (
+        run_of("sft"), run_of(model={"bf16": True}), run_of(**CHECKPOINTED), run_of(trl={"ld_alpha": 0.5}),
+        run_of(packing="off"), run_of(tokens_per_call=512), run_of(gradient_accumulation_steps=7),
+        run_of(lora={"lora_dropout": 0.1}), run_of(data={"dataset_name": "./rows.jsonl", "max_length": 77}),
+    )  # fmt: skip
+    for other in others:
+        assert known_rate(other, ROOMY, 100, cache=cache) is None
+    assert known_rate(run, ROOMY, 100, processes=2, cache=cache) is None
+    assert known_rate(run, Machine(1, 1, 1, (CARD,)), 100, cache=cache) is None
+    assert known_rate(run, replace(ROOMY, processor="another"), 100, cache=cache) is None
+    assert [path.name for path in cache.iterdir()] == ["rates.json"]
+    remember_rate(run, ROOMY, rate_of(99.0), cache=cache)
+    assert known_rate(run, ROOMY, 100, cache=cache) == rate_of(99.0)
+
+
+def test_a_rate_holds_for_rows_of_about_the_same_length(tmp_path: Path) -> None:
+    remember_rate(run_of(), ROOMY, rate_of(50.0, rows=100), cache=tmp_path)
+    found = {rows: known_rate(run_of(), ROOMY, rows, cache=tmp_path) is not None for rows in (79, 81, 124, 126, None)}
+    assert found == {79: False, 81: True, 124: True, 126: False, None: False}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"x": 1}', "\udcff"])
 def test_a_damaged_cache_is_no_rate_and_is_replaced(tmp_path: Path, damage: str) -> None:
     (tmp_path / "rates.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
-    assert known_rate(run_of(), ROOMY, cache=tmp_path) is None
-    assert remember_rate(run_of(), ROOMY, 5.0, cache=tmp_path)
-    assert known_rate(run_of(), ROOMY, cache=tmp_path) is not None
+    assert known_rate(run_of(), ROOMY, 100, cache=tmp_path) is None
+    assert remember_rate(run_of(), ROOMY, rate_of(5.0), cache=tmp_path)
+    assert known_rate(run_of(), ROOMY, 100, cache=tmp_path) is not None
+
+
+def test_an_entry_of_another_version_is_no_rate(tmp_path: Path) -> None:
+    remember_rate(run_of(), ROOMY, rate_of(5.0), cache=tmp_path)
+    entries = json.loads((tmp_path / "rates.json").read_text())
+    for change in ({"speed": 1.0}, {"row_tokens": "many"}, {"tokens_per_second": None}):
+        changed = {kind: {**entry, **change} for kind, entry in entries.items()}
+        (tmp_path / "rates.json").write_text(json.dumps(changed))
+        assert known_rate(run_of(), ROOMY, 100, cache=tmp_path) is None
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, math.nan, math.inf])
 def test_a_senseless_rate_is_never_used(tmp_path: Path, speed: float) -> None:
-    remember_rate(run_of(), ROOMY, speed, cache=tmp_path)
-    assert known_rate(run_of(), ROOMY, cache=tmp_path) is None
+    for rate in (rate_of(speed), rate_of(5.0, reference=speed or -1.0), rate_of(5.0, rows=speed)):
+        remember_rate(run_of(), ROOMY, rate, cache=tmp_path)
+        assert known_rate(run_of(), ROOMY, 100, cache=tmp_path) is None
 
 
 def test_a_cache_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert not remember_rate(run_of(), ROOMY, 5.0, cache=tmp_path / "file")
-    assert known_rate(run_of(), ROOMY, cache=tmp_path / "file") is None
+    assert not remember_rate(run_of(), ROOMY, rate_of(5.0), cache=tmp_path / "file")
+    assert known_rate(run_of(), ROOMY, 100, cache=tmp_path / "file") is None
+
+
+def silent(line: str) -> None:
+    raise AssertionError(line)
+
+
+def test_time_is_tokens_by_speed_with_the_reference_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DPO's reference goes over the rows once, whatever the epochs; where TRL scores it, it is part of the steps."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path))
+
+    def time_of(run: Run) -> TimePlan | None:
+        plan = plan_of(run, data=HUNDRED_PAIRS)
+        assert plan.tokens and plan.tokens.per_epoch and plan.steps
+        remember_rate(run, ROOMY, rate_of(10.0, 40.0, plan.tokens.per_epoch / plan.steps.rows))
+        return timed(plan, run, TINY, HUNDRED_PAIRS, calibrate=False, say=silent).time
+
+    epoch = plan_of(run_of(), data=HUNDRED_PAIRS).tokens
+    assert epoch and epoch.per_epoch
+    for epochs, passes in ((1, 1), (3, 1), (0.5, 0.5)):
+        found = time_of(run_of(num_train_epochs=epochs))
+        assert found and (found.epoch_seconds, found.rate.source) == (epoch.per_epoch / 10, "run")
+        assert found.reference_seconds == pytest.approx(epoch.per_epoch * passes / 40)
+        assert found.seconds == pytest.approx(epoch.per_epoch * epochs / 10 + found.reference_seconds, rel=0.01)
+    in_step = time_of(run_of(trl={"precompute_ref_log_probs": False}))
+    assert in_step and in_step.reference_seconds == 0
+    unknown = plan_of(run_of(lora={"lora_r": 3}), data=HUNDRED_PAIRS)
+    assert timed(unknown, run_of(lora={"lora_r": 3}), TINY, HUNDRED_PAIRS, calibrate=False, say=silent).time is None
+    assert "about 2 min" in replace(plan_of(run_of()), time=TimePlan(100, 90, 10, rate_of(66.0, 1.0))).headline
+
+
+def test_what_cannot_be_calibrated_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path))
+    told: list[str] = []
+
+    def reason(shape: ModelShape | None = TINY, data: DataShape | None = HUNDRED_PAIRS, **more: object) -> str:
+        run = run_of()
+        assert timed(plan_of(run, shape, data, **more), run, shape, data, calibrate=True, say=told.append).time is None  # type: ignore[arg-type]
+        return told[-1]
+
+    assert "several processes" in reason(processes=2)
+    assert "lengths of the rows" in reason(data=HUNDRED_ROWS)
+    assert "sizes of the model" in reason(None)
+    assert "does not fit" in reason(machine=Machine(2, 1000, None))
+    monkeypatch.setattr(calibration, "STAND_IN", "politune.no_such_module")
+    assert "no_such_module" in reason()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("step", "count"), [((4, 2), 8), ((1, 1), 1), ((3, 5), 15)])
+def test_the_rows_of_a_calibration_are_spread_as_the_data(step: tuple[int, int], count: int) -> None:
+    data = count_tokens(((10 + index, 40 + index, 20) for index in range(300)), templated=True)
+    rows = rows_like(data, 0, 1000, step)
+    assert len(rows) == count
+    assert abs(sum(map(sum, rows)) / count - (70 + 299)) < 300 / count
+    assert all(prompt + side <= 50 for prompt, *sides in rows_like(data, 7, 50, step) for side in sides)
+    assert rows_like(DataShape(9, 21, (94, 80)), 11, 487, step) == [[32, 94, 80]] * count
 
 
 def test_planning_loads_no_library() -> None:
@@ -769,9 +853,9 @@ def test_the_rates_lie_in_the_cache_that_was_named(tmp_path: Path, monkeypatch: 
     """As the demo model's cache: POLITUNE_CACHE itself, else politune below XDG_CACHE_HOME."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
     monkeypatch.delenv("POLITUNE_CACHE", raising=False)
-    assert remember_rate(run_of(), ROOMY, 10.0)
+    assert remember_rate(run_of(), ROOMY, rate_of(10.0))
     monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "own"))
-    assert known_rate(run_of(), ROOMY) is None
-    assert remember_rate(run_of(), ROOMY, 20.0)
+    assert known_rate(run_of(), ROOMY, 100) is None
+    assert remember_rate(run_of(), ROOMY, rate_of(20.0))
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("rates.json")}
     assert found == {"shared/politune/rates.json", "own/rates.json"}

@@ -62,6 +62,6 @@ def test_the_plan_counts_the_rows_of_the_split_that_is_trained_on(tmp_path: Path
     steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1.0}
     data = {"data.dataset_name": str(path), "data.dataset_split": "second", "model.model_name_or_path": "demo"}
     run = presets.resolve("dpo", None, {**data, **{f"train.{key}": value for key, value in steps.items()}}).run
-    steps_planned = preview.plan_run(run).steps
+    steps_planned = preview.plan_run(run, calibrate=False, say=print).steps
     assert steps_planned is not None
     assert steps_planned.steps == 3

@@ -6,19 +6,21 @@ Nothing is guessed: what depends on a model or a data set whose size is not know
 import math
 from collections.abc import Iterator
 
-from politune.config import DpoRun, Run
+from politune.config import Run
+from politune.plan.calibration import timed
 from politune.plan.calls import PAYING_TOKENS as TOKENS_PER_CALL
-from politune.plan.calls import Calls, is_packed, row_tokens
+from politune.plan.calls import Calls, is_packed, reference_passes, row_tokens
 from politune.plan.changes import find_change
 from politune.plan.machine import Gpu, Machine, find_gpus, probe
 from politune.plan.memory import MARGIN, MemoryNeed, adapter_number_bytes, explain, memory_need
 from politune.plan.notes import notes_on
-from politune.plan.rates import Rate, known_rate, remember_rate
+from politune.plan.rates import Rate, known_rate, remember_rate, today
 from politune.plan.report import (
     AdapterPlan,
     MemoryPlan,
     PlanReport,
     StepPlan,
+    TimePlan,
     TokenPlan,
     format_bytes,
     format_seconds,
@@ -45,6 +47,7 @@ __all__ = [
     "ModelShape",
     "PlanReport",
     "Rate",
+    "TimePlan",
     "count_optimizer_steps",
     "count_tokens",
     "count_words",
@@ -56,6 +59,8 @@ __all__ = [
     "probe",
     "remember_rate",
     "shape_from_config",
+    "timed",
+    "today",
 ]
 
 
@@ -66,10 +71,9 @@ def estimate(
     machine: Machine,
     *,
     processes: int = 1,
-    rate: Rate | None = None,
     tokens_per_call: int | None = None,
 ) -> PlanReport:
-    """The plan of a run; nothing is loaded, downloaded or written.
+    """The plan of a run but for its time (`timed`); nothing is loaded, downloaded or written.
 
     Args:
         run: the settings.
@@ -77,7 +81,6 @@ def estimate(
         data: the data's sizes (`KNOWN_DATA`, `count_tokens`, `count_words`), None where they are not known yet.
         machine: what there is (`probe`).
         processes: how many processes train together (torchrun's WORLD_SIZE).
-        rate: the speed of an earlier run of this kind on this machine (`known_rate`).
         tokens_per_call: what a run that is resumed had; by default what the run asks for, else what suits it here.
     """
     steps = _plan_steps(run, data, processes)
@@ -104,8 +107,7 @@ def estimate(
         memory=memory,
         disk_bytes=disk,
         compute_flops=_count_flops(run, shape, tokens),
-        seconds=tokens.total / rate.tokens_per_second if rate and tokens and tokens.total else None,
-        rate=rate,
+        time=None,
         machine=machine,
         notes=tuple(notes_on(run, data, machine, steps.steps if steps else None, disk, processes)),
         unknown=tuple(_unknown(run, shape, data, machine)),
@@ -282,15 +284,8 @@ def _count_flops(run: Run, shape: ModelShape | None, tokens: TokenPlan | None) -
     )
     passes = 3 if run.train.gradient_checkpointing else 2
     trained = layers * passes + output * (2 if tokens.packed else passes)
-    reference = (layers + output) * _reference_passes(run, tokens.epochs)
+    reference = (layers + output) * reference_passes(run, tokens.epochs)
     return trained * tokens.epochs + reference
-
-
-def _reference_passes(run: Run, epochs: float) -> float:
-    """How often DPO's reference scores the rows."""
-    if not isinstance(run, DpoRun):
-        return 0.0
-    return min(1.0, epochs) if run.trl.get("precompute_ref_log_probs", True) else epochs
 
 
 def _unknown(run: Run, shape: ModelShape | None, data: DataShape | None, machine: Machine) -> Iterator[str]:

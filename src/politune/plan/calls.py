@@ -7,7 +7,7 @@ equally fast; with 1,024 many a micro-batch is longer than a call, and what is d
 import math
 from dataclasses import dataclass
 
-from politune.config import Run
+from politune.config import DpoRun, Run
 from politune.plan.memory import MOST_CPU_KERNELS, MemoryNeed, memory_need
 from politune.plan.shapes import DataShape, ModelShape
 
@@ -22,6 +22,16 @@ STEP_TOKENS = 256
 DEVIATIONS = 2.5
 """99 of 100 sums of rows are within so many standard deviations of their mean."""
 DEVIATIONS_AT_95 = 1.645
+
+
+# Settings of TRL and transformers that packed rows would change or break.
+NEEDS_PADDED_ROWS = {
+    "activation_offloading": "wants the backward pass inside the trainer's own step",
+    "label_smoothing_factor": "needs the logits of every token",
+    "torch_compile": "compiles the model for padded batches",
+    "neftune_noise_alpha": "scales its noise by the length of the padded rows",
+    "use_liger_kernel": "puts another forward pass in the model's place",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,15 @@ class RowTokens:
 
 def is_packed(run: Run, shape: ModelShape | None) -> bool:
     """Whether rows will be packed, as far as can be told before the model is loaded."""
-    return run.train.packing != "off" and not run.trl.get("activation_offloading") and (shape is None or shape.packs)
+    needs_padding = any(run.trl.get(setting) for setting in NEEDS_PADDED_ROWS)
+    return run.train.packing != "off" and not needs_padding and (shape is None or shape.packs)
+
+
+def reference_passes(run: Run, epochs: float) -> float:
+    """How often DPO's reference scores the rows."""
+    if not isinstance(run, DpoRun):
+        return 0.0
+    return min(1.0, epochs) if run.trl.get("precompute_ref_log_probs", True) else epochs
 
 
 def row_tokens(run: Run, data: DataShape | None, template: int) -> RowTokens:

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -54,11 +55,14 @@ class Machine:
     memory_available_bytes: int | None
     disk_free_bytes: int | None
     gpus: tuple[Gpu, ...] = ()
+    processor: str = "CPU"
 
     @property
     def device(self) -> str:
         """The device that one process trains on, in words."""
-        return self.gpus[0].name if self.gpus else f"CPU with {self.cores} core{'s' if self.cores != 1 else ''}"
+        return (
+            self.gpus[0].name if self.gpus else f"{self.processor}, {self.cores} core{'s' if self.cores != 1 else ''}"
+        )
 
     @property
     def device_bytes(self) -> int | None:
@@ -73,7 +77,14 @@ def probe(output_dir: Path | str) -> Machine:
         memory_available_bytes=find_available_memory(),
         disk_free_bytes=find_free_disk(Path(output_dir)),
         gpus=find_gpus(),
+        processor=find_processor(),
     )
+
+
+def find_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, as the system tells it."""
+    names = (line.partition(":")[2].strip() for line in _read(cpuinfo).splitlines() if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "CPU"
 
 
 def count_cores(cgroup: Path = CGROUP_ROOT) -> int:

@@ -1,16 +1,18 @@
-"""How fast runs went on this machine, kept in the user's cache so that the next plan can say how long it takes.
+"""How fast this machine trains, kept in the user's cache so that a plan can say how long a run takes.
 
-A rate counts the tokens of the data that passed through the trained model, both sides of a pair, without padding;
-padding, the reference pass and everything else that takes time is in it, so it holds for runs of the same kind only.
+A finished run leaves its speed here, and so does a calibration (`plan.calibration`). Both count the tokens of the data, both
+sides of a pair, without padding, per second of optimizer steps; a speed holds for runs of the same kind on rows of about the
+same length.
 """
 
 import contextlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from politune.cache import user_cache
 from politune.config import Run
@@ -18,44 +20,68 @@ from politune.plan.machine import Machine
 
 CACHE_FILE = "rates.json"
 MOST_RATES = 200
+ALIKE = 1.25
+"""Rows are about as long as others where their mean lengths differ by no more than this factor."""
+Source: TypeAlias = Literal["run", "calibration"]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second that an earlier run reached."""
+    """How fast runs of one kind go.
+
+    Args:
+        tokens_per_second: of optimizer steps, all processes together, the reference left out.
+        reference_tokens_per_second: of DPO's reference; None where it was not measured, and for SFT.
+        row_tokens: mean tokens of the rows that were measured.
+        measured: the date, as YYYY-MM-DD.
+        source: a finished run, or a calibration.
+        device: where.
+    """
 
     tokens_per_second: float
+    reference_tokens_per_second: float | None
+    row_tokens: float
     measured: str
-    """Date of that run, as YYYY-MM-DD."""
+    source: Source
+    device: str
 
 
-def known_rate(run: Run, machine: Machine, *, processes: int = 1, cache: Path | None = None) -> Rate | None:
-    """The rate of the last run of this kind on this machine; None where there was none, or the cache cannot be read.
+def today() -> str:
+    """The date of a measurement."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def known_rate(
+    run: Run, machine: Machine, row_tokens: float | None, *, processes: int = 1, cache: Path | None = None
+) -> Rate | None:
+    """The last measurement of this kind of run on this machine; None where there is none, or the cache cannot be read.
 
     Args:
         run: the settings.
         machine: where it would run.
+        row_tokens: mean tokens of the run's rows; None where they are not known.
         processes: how many processes would train together.
         cache: the directory to look in; default `$POLITUNE_CACHE`, else `$XDG_CACHE_HOME/politune`.
     """
     entry = _read(_cache_file(cache)).get(_kind(run, machine, processes))
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or not row_tokens:
         return None
-    speed, measured = entry.get("tokens_per_second"), entry.get("measured")
-    if not isinstance(speed, int | float) or not math.isfinite(speed) or speed <= 0 or not isinstance(measured, str):
+    try:
+        rate = Rate(**entry)
+        speeds = [rate.tokens_per_second, rate.row_tokens, rate.reference_tokens_per_second or 1.0]
+        alike = 1 / ALIKE <= row_tokens / rate.row_tokens <= ALIKE
+        return rate if alike and all(math.isfinite(speed) and speed > 0 for speed in speeds) else None
+    except (TypeError, ZeroDivisionError):
         return None
-    return Rate(float(speed), measured)
 
 
-def remember_rate(
-    run: Run, machine: Machine, tokens_per_second: float, *, processes: int = 1, cache: Path | None = None
-) -> bool:
+def remember_rate(run: Run, machine: Machine, rate: Rate, *, processes: int = 1, cache: Path | None = None) -> bool:
     """Writes the rate for the next plan, in one step; False where the cache cannot be written (it is a convenience).
 
     Args:
-        run: the settings of the finished run.
+        run: the settings of what was measured.
         machine: where it ran.
-        tokens_per_second: tokens of the data per second of training: both sides of a pair, all processes, no padding.
+        rate: what was measured.
         processes: how many processes trained together.
         cache: the directory to write in; default `$POLITUNE_CACHE`, else `$XDG_CACHE_HOME/politune`.
     """
@@ -64,10 +90,7 @@ def remember_rate(
         return False
     rates = _read(path)
     rates.pop(_kind(run, machine, processes), None)
-    rates[_kind(run, machine, processes)] = {
-        "tokens_per_second": tokens_per_second,
-        "measured": datetime.now(UTC).date().isoformat(),
-    }
+    rates[_kind(run, machine, processes)] = asdict(rate)
     newest = dict(list(rates.items())[-MOST_RATES:])
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -88,15 +111,21 @@ def _cache_file(cache: Path | None) -> Path | None:
 
 def _kind(run: Run, machine: Machine, processes: int) -> str:
     """What has to agree for one run's speed to say something about another's."""
+    train, lora = run.train, run.lora
     precision = "4bit" if run.model.use_4bit else "bf16" if run.model.bf16 else "fp32"
-    batch = f"batch {run.train.per_device_train_batch_size}"
-    checkpointing = "checkpointing" if run.train.gradient_checkpointing else "no checkpointing"
-    adapter = f"r {run.lora.lora_r} on {len(run.lora.lora_target_modules)}"
-    where = f"{processes} x {machine.device}"
-    options = json.dumps(run.trl, sort_keys=True, default=str)
-    return " | ".join(
-        (run.method, run.model.model_name_or_path, precision, adapter, batch, checkpointing, where, options)
-    )
+    parts = [
+        run.method,
+        run.model.model_name_or_path,
+        precision,
+        f"r {lora.lora_r} on {len(lora.lora_target_modules)}, dropout {lora.lora_dropout:g}",
+        f"batch {train.per_device_train_batch_size} x {train.gradient_accumulation_steps}, up to {run.data.max_length}",
+        f"packing {train.packing} {train.tokens_per_call}",
+        "checkpointing" if train.gradient_checkpointing else "no checkpointing",
+        f"{processes} x {machine.device}",
+        f"threads {os.environ.get('OMP_NUM_THREADS', 'all')}",
+        json.dumps(run.trl, sort_keys=True, default=str),
+    ]
+    return " | ".join(parts)
 
 
 def _read(path: Path | None) -> dict[str, object]:

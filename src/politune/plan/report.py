@@ -76,6 +76,17 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class TimePlan:
+    """How long training takes at a measured speed; loading, evaluating and saving come on top."""
+
+    seconds: float
+    epoch_seconds: float
+    reference_seconds: float
+    """Of DPO's reference, in all; in `seconds`, not in `epoch_seconds`."""
+    rate: Rate
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """What a run will take. A field is None where it cannot be known yet; `unknown` says why."""
 
@@ -93,8 +104,7 @@ class PlanReport:
     memory: MemoryPlan | None
     disk_bytes: int | None
     compute_flops: float | None
-    seconds: float | None
-    rate: Rate | None
+    time: TimePlan | None
     machine: Machine
     notes: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -104,7 +114,7 @@ class PlanReport:
         """One sentence: what, how many steps, how long, and whether it fits."""
         what = f"{self.method.upper()} of {self.model} on {self.dataset}"
         steps = f"{self.steps.steps:,} optimizer steps" if self.steps else "an unknown number of steps"
-        time = f", about {format_seconds(self.seconds)}" if self.seconds is not None else ""
+        time = f", about {format_seconds(self.time.seconds)}" if self.time else ""
         return f"{what}: {steps}{time}; {_memory_in_words(self.memory)}"
 
     def sections(self) -> Sequence[Section]:
@@ -147,11 +157,15 @@ class PlanReport:
         return f"{_about(self.tokens.computed_per_epoch)} ({how}{calls})"
 
     def _time_in_words(self) -> str:
-        if self.rate is None:
-            return "unknown until the first run on this machine"
-        speed = f"{self.rate.tokens_per_second:,.0f} tokens/s, measured {self.rate.measured}"
-        time = f"about {format_seconds(self.seconds)}" if self.seconds is not None else "unknown"
-        return f"{time} ({speed})"
+        if self.time is None:
+            return "unknown until the first run of this kind on this machine; --calibrate measures it in seconds"
+        time, rate = self.time, self.time.rate
+        parts = f"{format_seconds(time.epoch_seconds)} an epoch"
+        if time.reference_seconds:
+            parts += f", the reference {format_seconds(time.reference_seconds)} in all"
+        by = "a finished run" if rate.source == "run" else "a calibration"
+        speed = f"{rate.tokens_per_second:,.0f} tokens/s by {by} of {rate.measured} on {rate.device}"
+        return f"about {format_seconds(time.seconds)}: {parts} ({speed})"
 
 
 def format_bytes(count: float | None) -> str:
@@ -244,7 +258,7 @@ def _machine_facts(machine: Machine) -> tuple[tuple[str, str], ...]:
     gpus = ", ".join(f"{gpu.name} ({format_bytes(gpu.total_bytes)})" for gpu in machine.gpus)
     return (
         ("GPUs", gpus or "none found"),
-        ("Cores", str(machine.cores)),
+        ("Processor", f"{machine.processor}, {machine.cores} core{'s' if machine.cores != 1 else ''}"),
         ("Memory available", format_bytes(machine.memory_available_bytes)),
         ("Disk free", format_bytes(machine.disk_free_bytes)),
     )

@@ -10,6 +10,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
 TOKENS_PER_WORD = 1.3  # English prose, subword tokenizers of 32k to 150k entries
 UNKNOWN_TEMPLATE_TOKENS = 16
+SAMPLE_ROWS = 256
 
 # What a config leaves to the default of its model type: tied embeddings, biases, and the RMSNorm weights of a layer.
 _TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3_text"}
@@ -155,6 +156,8 @@ class DataShape:
     """Whether the lengths include the tokens of the chat template."""
     basis: str = ""
     """Where the lengths come from, in words."""
+    sample: tuple[tuple[int, ...], ...] = ()
+    """Some rows' lengths (prompt, then each completion), from short to long, as evenly spread as all of them."""
     validation_rows: int | None = None
     """Rows already set aside besides `rows`; None where the split is still to be made, by share."""
 
@@ -188,9 +191,15 @@ def count_tokens(rows: Iterable[Sequence[int]], *, templated: bool, basis: str =
         longest_tokens=max(prompt + max(sides) for prompt, *sides in counted),
         longest_packed_tokens=max(packed),
         packed_deviation=_deviation(packed),
+        sample=_sample(counted),
         templated=templated,
         basis=basis,
     )
+
+
+def _sample(rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    by_length, count = sorted(rows, key=lambda row: (sum(row), row)), min(len(rows), SAMPLE_ROWS)
+    return tuple(by_length[int((index + 0.5) * len(rows) / count)] for index in range(count))
 
 
 def count_words(rows: Iterable[Sequence[str]]) -> DataShape:

@@ -121,6 +121,19 @@ class Progress(TrainerCallback):
         return None
 
 
+class StepClock(TrainerCallback):
+    """Counts the seconds of optimizer steps; what comes between them (saving, evaluating, the reference phase) is left out."""
+
+    def __init__(self) -> None:
+        self.seconds = self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.monotonic() - self.started
+
+
 class PhaseProgress:
     """A line on stderr every few seconds for a phase before training; nothing on a quiet run.
 

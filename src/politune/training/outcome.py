@@ -34,8 +34,8 @@ class TrainReport:
     `training` holds the metrics of the last logged step, `validation` and `heldout` those of the evaluations after it. The
     preference accuracy is the share of pairs whose chosen text gained more than its rejected one against the reference; 0.5 is
     what tuning that does not carry over gives. Log-probabilities are summed over the completion, in nats. `left_out` counts
-    the rows that were not trained on, or not whole, by reason. `minutes` holds `reference_seconds`, the phase in which DPO's
-    reference is scored.
+    the rows that were not trained on, or not whole, by reason. `minutes` is all of the training; `reference_seconds` of it the
+    phase in which DPO's reference is scored, which `tokens_per_second` leaves out, as it does saving and evaluating.
     """
 
     method: str

@@ -29,6 +29,7 @@ def train(
     resume: bool = False,
     offline: bool = False,
     quiet: bool = False,
+    calibrate: bool = False,
     say: Callable[[str], None],
     show: Callable[[plan.PlanReport], None],
     words: str | None = None,
@@ -40,6 +41,7 @@ def train(
         resume: go on from the newest whole checkpoint in the run's directory.
         offline: use what is on this machine only.
         quiet: no progress during training.
+        calibrate: measure how long the run will take, for the plan (`plan.timed`).
         say: takes one line of progress.
         show: takes the plan, before the expensive part.
         words: the user's own command, for the sentence that says how to resume.
@@ -61,6 +63,7 @@ def train(
         checkpoint = _newest_checkpoint(directory, say) if resume else None
         former = checkpoints.identity_of(checkpoint) if checkpoint else {}
         estimate = _estimate(run, prepared, directory, former.get(CALL_TOKENS))
+        estimate = plan.timed(estimate, run, prepared.base.config, prepared.lengths, calibrate=calibrate, say=say)
         if is_main_process():
             show(estimate)
         identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
@@ -116,10 +119,7 @@ def _estimate(run: Run, prepared: Prepared, directory: Path, tokens_per_call: in
     machine = plan.probe(directory)
     shape = plan.shape_from_config(prepared.base.config)
     preview.check_modules(run, shape)
-    rate = plan.known_rate(run, machine, processes=world_size())
-    return plan.estimate(
-        run, shape, prepared.lengths, machine, processes=world_size(), rate=rate, tokens_per_call=tokens_per_call
-    )
+    return plan.estimate(run, shape, prepared.lengths, machine, processes=world_size(), tokens_per_call=tokens_per_call)
 
 
 def _metadata(run: Run, prepared: Prepared) -> dict[str, str]:

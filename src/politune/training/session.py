@@ -58,7 +58,9 @@ class Session:
         _check_modules(model, run)
         rows = trainer_factory.TrainingRows(rows_format.to_trl(prepared.train), rows_format.to_trl(prepared.validation))
         self.started = time.monotonic()
+        self.clock = callbacks.StepClock()
         everywhere = [
+            self.clock,  # first of all: what others do after a step is no part of it
             callbacks.Commit(identity, metadata, run.train.save_total_limit),
             callbacks.StopOnSignal(stop),
             callbacks.FiniteGuard(self._last_checkpoint),
@@ -80,7 +82,7 @@ class Session:
     def _keep_reference(self, identity: dict[str, Any]) -> None:
         """Gives DPO a place for its reference's log-probabilities, and has them computed once where they are used again."""
         trainer = self.trainer
-        if self.run.method != "dpo" or not trainer.precompute_ref_logps:
+        if not self._scores_reference:
             return
         kept = self._rows_seen_again()
         layout = {
@@ -228,9 +230,11 @@ class Session:
         """Sums the run up, remembers its speed for later plans, and lets the trackers finish."""
         state = self.trainer.state
         done = state.global_step - self.first_step
-        speed = done * self.tokens_per_step / self.seconds if self.seconds else 0.0
-        if done and is_main_process():
-            plan.remember_rate(self.run, plan.probe(self.directory), speed, processes=world_size())
+        machine = plan.probe(self.directory)
+        rate = self._rate(done, machine.device)
+        # A resumed run that found its reference does not know how long that takes.
+        if rate and is_main_process() and (rate.reference_tokens_per_second or not self._scores_reference):
+            plan.remember_rate(self.run, machine, rate, processes=world_size())
         logged = [line for line in state.log_history if "loss" in line]
         syncs = [watcher.finish() for watcher in self.watchers]
         return TrainReport(
@@ -242,7 +246,7 @@ class Session:
             steps_done_now=done,
             rows=len(self.prepared.train),
             left_out={reason: count for reason, count in self.prepared.counts.items() if count},
-            tokens_per_second=round(speed, 1),
+            tokens_per_second=round(rate.tokens_per_second, 1) if rate else 0.0,
             minutes=round(self.seconds / 60, 2),
             reference_seconds=round(self.reference_seconds, 2),
             peak_bytes=_peak_bytes(),
@@ -253,6 +257,29 @@ class Session:
             curves=draw_curves(logged),
             sync_command=next((line for line in syncs if line), None),
             disclosure=self.metadata["politune.disclosure"],
+        )
+
+    @property
+    def _scores_reference(self) -> bool:
+        """Whether the run scores DPO's reference apart from its steps."""
+        return self.run.method == "dpo" and bool(self.trainer.precompute_ref_logps)
+
+    def _rate(self, steps: int, device: str) -> plan.Rate | None:
+        """How fast this run was, over the steps that it did now; None where it did none."""
+        inside = getattr(self.trainer, "reference_seconds", 0.0)
+        seconds = self.clock.seconds - inside
+        if not steps or seconds <= 0:
+            return None
+        row = self.prepared.tokens / len(self.prepared.train)
+        in_phase = len(self.trainer.reference.kept) * row if self.reference_seconds else 0.0
+        scoring = self.reference_seconds or inside
+        return plan.Rate(
+            tokens_per_second=steps * self.tokens_per_step / seconds,
+            reference_tokens_per_second=(in_phase or steps * self.tokens_per_step) / scoring if scoring else None,
+            row_tokens=row,
+            measured=plan.today(),
+            source="run",
+            device=device,
         )
 
 

@@ -3,6 +3,8 @@
 When TRL renames something, this file changes and no other; tests/tiny/test_trl_contract.py names what is relied on.
 """
 
+import importlib.util
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +19,11 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from politune.config import DpoRun, Run, SftRun
 from politune.errors import ConfigError, safe
+from politune.plan.calls import NEEDS_PADDED_ROWS
 from politune.training.packable import why_not, without_dropout
 from politune.training.packing import IGNORED, PackedForward
 from politune.training.reference import ReferenceScores
 
-# Settings of TRL and transformers that packed rows would change or break.
-NEEDS_PADDED_ROWS = {
-    "activation_offloading": "wants the backward pass inside the trainer's own step",
-    "label_smoothing_factor": "needs the logits of every token",
-    "torch_compile": "compiles the model for padded batches",
-    "neftune_noise_alpha": "scales its noise by the length of the padded rows",
-}
 # The column that says which row of the run a row is.
 ROW = "row"
 
@@ -62,13 +58,18 @@ def trl_config(run: Run, output_dir: Path) -> DPOConfig | SFTConfig:
             config_type = SFTConfig
             settings |= {"completion_only_loss": True}
     try:
-        return config_type(
+        config = config_type(
             **settings, **{key: value for key, value in run.trl.items() if key != "precompute_ref_log_probs"}
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         if not run.trl:
             raise
         raise _refused(run, error) from error
+    if config.activation_offloading and not torch.accelerator.is_available():
+        raise ConfigError("activations are offloaded from a GPU, and there is none", where="trl.activation_offloading")
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("its package is not installed", where="trl.use_liger_kernel", fix="pip install liger-kernel")
+    return config
 
 
 def _refused(run: Run, error: Exception) -> ConfigError:
@@ -167,6 +168,8 @@ class PreferenceTrainer(_Trainer, DPOTrainer):  # type: ignore[misc]
     """TRL's DPO, with the reference's log-probabilities looked up by the rows' numbers once they are known."""
 
     reference: ReferenceScores | None = None
+    reference_seconds = 0.0
+    """Of the optimizer steps that had to score the reference themselves."""
 
     def _labelled(self, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
@@ -187,8 +190,11 @@ class PreferenceTrainer(_Trainer, DPOTrainer):  # type: ignore[misc]
             known = self.reference if self.state.global_step > 0 else None
             found = None if known is None or numbers is None else known.find(numbers)
             if found is None:
+                started = time.monotonic()
                 with without_dropout(self.model):
                     found = self.compute_ref_log_probs(self.model, inputs)
+                if self.model.training:
+                    self.reference_seconds += time.monotonic() - started
             device = inputs["input_ids"].device
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = found[0].to(device), found[1].to(device)
         return super().compute_loss(model, inputs, *args, **kwargs)
