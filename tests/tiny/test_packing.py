@@ -677,8 +677,9 @@ def compare_attention(
     pull = torch.randn(1, TOKENS, heads[0], 8, generator=generator).to(dtype)
     mine = [one.clone().requires_grad_() for one in states]
     theirs = [one.float().requires_grad_() for one in states]
+    segments = tuple(dataclasses.replace(each, masks={}) for each in SEGMENTS)
     found, _ = attention.packed_attention(
-        None, *mine, None, segments=SEGMENTS, scaling=0.3, sliding_window=window, softcap=softcap
+        None, *mine, None, segments=segments, scaling=0.3, sliding_window=window, softcap=softcap
     )
     expected = attend(theirs, mask, softcap)
     assert found.dtype == dtype
@@ -688,14 +689,21 @@ def compare_attention(
     return max(relative(one.float() - truth, truth) for one, truth in zip(results, truths, strict=True))
 
 
+@pytest.mark.parametrize("block", [256, 4], ids=["whole segments", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (9, 3), (4, 1)], ids=str)
 def test_attention_is_torchs_under_an_explicit_mask(
-    heads: tuple[int, int], window: int | None, softcap: float | None, dtype: torch.dtype
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values and gradients of all three inputs; one more visible token in the mask must be seen."""
+    monkeypatch.setattr(attention, "BLOCK", block)
     bound = 1e-5 if dtype == torch.float32 else 1.2e-2
     mask = build_mask(window)
     assert compare_attention(heads, window, softcap, dtype, mask) < bound

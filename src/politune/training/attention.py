@@ -28,6 +28,8 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 NAME = "politune_packed"
+BLOCK = 256
+"""Queries whose scores a CPU holds at a time: long segments are cut, and no block computes what all of it does not see."""
 
 
 # The sliding windows that layers asked for, while somebody wants to know (`watched`).
@@ -93,7 +95,10 @@ def packed_attention(
     if dropout:
         raise ValueError("attention dropout is not possible with packed rows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings may leave them wider
+    # As autocast does with torch's own attention; and rotary embeddings may leave queries and keys wider than values.
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.device.type == "cpu" and softcap is None:
         return _SegmentAttention.apply(query, key, value, segments, scale, sliding_window), None
     if varlen_attn and query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
@@ -230,18 +235,13 @@ class _SegmentAttention(torch.autograd.Function):  # type: ignore[misc]
     ) -> Tensor:  # fmt: skip
         output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         for segment in segments:
-            q = query.narrow(2, segment.start, segment.length)
-            mask = bias(segment, window, q)
-            result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q,
-                _with_prefix(key, segment),
-                _with_prefix(value, segment),
-                0.0,
-                mask is None,
-                attn_mask=mask,
-                scale=scale,
-            )
-            output.narrow(1, segment.start, segment.length).copy_(result.transpose(1, 2))
+            k, v = _with_prefix(key, segment), _with_prefix(value, segment)
+            for queries, keys, mask in _forward_blocks(segment, window, query):
+                own = slice(segment.start + queries.start, segment.start + queries.stop)
+                result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    query[:, :, own], k[:, :, keys], v[:, :, keys], 0.0, mask is None, attn_mask=mask, scale=scale
+                )
+                output[:, own] = result.transpose(1, 2)
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
         return output
@@ -253,31 +253,61 @@ class _SegmentAttention(torch.autograd.Function):  # type: ignore[misc]
         groups = query.shape[1] // shared
         dq, dk, dv = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for segment in ctx.segments:
-            length, prefix = segment.length, segment.prefix_length
-            own = slice(segment.start, segment.start + length)
-            stacked = (shared, groups * length, width)
-            q = query[0, :, own].reshape(stacked)
-            g = gradient[0, own].transpose(0, 1).reshape(stacked)
-            k, v = _with_prefix(key[0], segment), _with_prefix(value[0], segment)
-            mask = _stacked_bias(segment, ctx.window, q, groups)
-            weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
-            d_weights = torch.bmm(g, v.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            dq[0, :, own] = torch.bmm(d_scores, k).view(shared * groups, length, width)
-            for total, part in (
-                (dk, torch.bmm(d_scores.transpose(1, 2), q)),
-                (dv, torch.bmm(weights.transpose(1, 2), g)),
-            ):
-                if prefix:
-                    total[0].narrow(1, segment.prefix_start, prefix).add_(part[:, :prefix])
-                total[0, :, own] += part[:, prefix:]
+            all_k, all_v = _with_prefix(key[0], segment), _with_prefix(value[0], segment)
+            for queries, keys in _blocks(segment, ctx.window):
+                length = queries.stop - queries.start
+                own = slice(segment.start + queries.start, segment.start + queries.stop)
+                stacked = (shared, groups * length, width)
+                q = query[0, :, own].reshape(stacked)
+                g = gradient[0, own].transpose(0, 1).reshape(stacked)
+                k, v = all_k[:, keys], all_v[:, keys]
+                mask = _stacked_bias(segment, ctx.window, queries, keys, q, groups)
+                weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
+                d_weights = torch.bmm(g, v.transpose(1, 2))
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                dq[0, :, own] = torch.bmm(d_scores, k).view(shared * groups, length, width)
+                _add_to_keys(dk[0], segment, keys, torch.bmm(d_scores.transpose(1, 2), q))
+                _add_to_keys(dv[0], segment, keys, torch.bmm(weights.transpose(1, 2), g))
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None, None
 
 
-def _stacked_bias(segment: "Segment", window: int | None, like: Tensor, groups: int) -> Tensor:
-    """[1, groups * length, prefix + length]: `hidden` as numbers to add, for the stacked heads of a key-value head."""
-    key = (window, like.dtype, groups)
+def _blocks(segment: "Segment", window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries of the segment, keys of its prefix and itself that one of them sees), block by block."""
+    for start in range(0, segment.length, BLOCK):
+        stop = min(segment.length, start + BLOCK)
+        first = 0 if window is None else max(0, segment.prefix_length + start - window + 1)
+        yield slice(start, stop), slice(first, segment.prefix_length + stop)
+
+
+def _forward_blocks(
+    segment: "Segment", window: int | None, query: Tensor
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """`_blocks` with the numbers to add to their scores; all of the segment and None where the kernel's own causality does."""
+    mask = bias(segment, window, query)
+    if mask is None:
+        yield slice(0, segment.length), slice(0, segment.length), None
+        return
+    for queries, keys in _blocks(segment, window):
+        yield queries, keys, mask[queries, keys]
+
+
+def _stacked_bias(
+    segment: "Segment", window: int | None, queries: slice, keys: slice, like: Tensor, groups: int
+) -> Tensor:
+    """[1, groups * queries, keys]: `hidden` as numbers to add, for the stacked heads of a key-value head."""
+    key = (window, like.dtype, groups, queries.start)
     if key not in segment.masks:
-        mask = hidden(segment, window, like.device).repeat(groups, 1).unsqueeze(0)
+        mask = hidden(segment, window, like.device)[queries, keys].repeat(groups, 1).unsqueeze(0)
         segment.masks[key] = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
     return segment.masks[key]
+
+
+def _add_to_keys(total: Tensor, segment: "Segment", keys: slice, part: Tensor) -> None:
+    """Adds what a block gives its keys, [heads, keys, d], to those of the packed row, [heads, T, d]."""
+    in_prefix = max(0, segment.prefix_length - keys.start)
+    if in_prefix:
+        total[:, segment.prefix_start + keys.start : segment.prefix_start + segment.prefix_length] += part[
+            :, :in_prefix
+        ]
+    own = max(0, keys.start - segment.prefix_length)
+    total[:, segment.start + own : segment.start + keys.stop - segment.prefix_length] += part[:, in_prefix:]
