@@ -27,7 +27,7 @@ and K the widths of all query heads and of all key-value heads, I the width of t
   of the above for one layer.
   Besides, per token: the last norm's input and output, the rotary factors, and per scored token its hidden state and
   gradient. The backward pass of one layer holds four tensors as wide as its MLP, and of the longest sequence three score
-  matrices per head, of at most 256 queries at a time, with their mask: (3 heads min(l, 256) + heads / key-value heads l) l b.
+  matrices per head, of at most 128 queries at a time, with their mask: (3 heads min(l, 128) + heads / key-value heads l) l b.
 - Activations of padded rows, per position and layer: inputs of the adapted projections (a copy each where PEFT casts b to a,
   else one for q, k, v and one for gate, up; with dropout each one's masked input and the mask) and the rank-wide output of
   each A; float32 inputs of two RMSNorms; queries, keys and values repeated to all heads, and the attention's output; three
@@ -56,7 +56,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 TILE_POSITIONS = 4096
 TILE_VOCABULARY = 32_768
 TORCH_TILE_BYTES = 7 * 4 + 1
-ATTENTION_BLOCK = 256
+ATTENTION_BLOCK = 128
 CPU_SLICE_BYTES = 31 << 20
 GPU_SLICE_BYTES = 512 << 20
 CPU_LIBRARIES_BYTES = 800_000_000

@@ -28,7 +28,7 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 NAME = "politune_packed"
-BLOCK = 256
+BLOCK = 128
 """Queries whose scores a CPU holds at a time: long segments are cut, and no block computes what all of it does not see."""
 
 
