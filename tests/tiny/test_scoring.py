@@ -69,13 +69,13 @@ def find_differences(found: scoring.Scores, expected: dict[str, Tensor]) -> list
     return wrong
 
 
-@pytest.fixture(params=["one slice", "many slices"])
-def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many slices":
-        monkeypatch.setattr(scoring, "CPU_SLICE_BYTES", 1)
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many tiles":
+        monkeypatch.setattr(scoring, "CPU_TILE", (7, 16))
 
 
-@pytest.mark.usefixtures("slices")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_scores_are_what_their_definition_says(kind: str) -> None:
     hidden, targets = make_rows()
@@ -83,7 +83,7 @@ def test_scores_are_what_their_definition_says(kind: str) -> None:
     assert not find_differences(scoring.score(hidden, targets, layer, squares=True), define(hidden, targets, layer))
 
 
-@pytest.mark.usefixtures("slices")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_gradient_is_autograds(kind: str) -> None:
     """Of a weighting with both signs and a zero, against the definition's gradient in float64."""
@@ -135,19 +135,23 @@ def test_only_the_log_probabilities_have_a_gradient() -> None:
     assert scoring.score(hidden, targets, make_layer()).log_sum_sq_probs is None
 
 
-def test_of_equally_likely_tokens_the_first_is_the_top_one() -> None:
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_of_equally_likely_tokens_the_first_is_the_top_one(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens 1 and 3 have the same weights, small integers, so that their logits are the same number.
 
     TRL counts the target as hit where no token before it is as likely; token 3 is then a miss and token 1 a hit.
     """
+    monkeypatch.setattr(scoring, "CPU_TILE", (2, columns))
     weight = torch.tensor([[0.0, 1.0], [2.0, 1.0], [1.0, 0.0], [2.0, 1.0]])
     hidden = torch.tensor([[1.0, 2.0]]).expand(3, 2)
     found = scoring.score(hidden, torch.tensor([1, 3, 0]), scoring.OutputLayer(weight))
     assert found.is_top1.tolist() == [True, False, False]
 
 
-def test_logits_far_apart_give_finite_scores() -> None:
+@pytest.mark.parametrize("columns", [1, 2])
+def test_logits_far_apart_give_finite_scores(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of 0 and 300: the unlikely target's log-probability is -300 to float32's precision, its probability 0."""
+    monkeypatch.setattr(scoring, "CPU_TILE", (2, columns))
     weight = torch.tensor([[0.0], [300.0]])
     hidden = torch.ones(2, 1).requires_grad_()
     found = scoring.score(hidden, torch.tensor([0, 1]), scoring.OutputLayer(weight), squares=True)

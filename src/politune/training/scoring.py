@@ -9,16 +9,17 @@ pass only multiplies it with the loss's gradient of that score: two products wit
 backward pass that computes the logits anew needs three, and [N, H] numbers kept instead of [N, V].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Bytes of one slice of float32 logits. On a CPU large enough for its matrix products and small enough for its cache and for
-# the allocator, which gives blocks of 32 MB and more back to the system each time; on a GPU large enough to fill it.
-CPU_SLICE_BYTES = 31 << 20
-GPU_SLICE_BYTES = 512 << 20
+CPU_TILE = (512, 1024)
+"""(Targets, entries of the vocabulary) whose logits are held at a time: what fits into the caches, and no product is slower."""
+GPU_TILE = (4096, 16384)
+LOWEST = -1e30
+"""Below every logit; an infinity would give NaN where it is subtracted from itself."""
 
 
 @dataclass(frozen=True)
@@ -86,39 +87,23 @@ class _Score(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, layer: OutputLayer, squares: bool, needs_gradient: bool
     ) -> tuple[Tensor | None, ...]:
-        count, device = targets.shape[0], hidden.device
+        device = hidden.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-        weight = layer.weight.to(device, dtype)
-        log_probs, entropy, mean_logits, log_squares = (
-            torch.empty(count, device=device, dtype=torch.float32) for _ in range(4)
-        )
-        is_top1 = torch.empty(count, device=device, dtype=torch.bool)
-        direction = torch.empty(count, hidden.shape[-1], device=device, dtype=dtype) if needs_gradient else None
-        limit = CPU_SLICE_BYTES if device.type == "cpu" else GPU_SLICE_BYTES
-        step = max(16, limit // (4 * weight.shape[0]))
+        rows, columns = CPU_TILE if device.type == "cpu" else GPU_TILE
+        given = (hidden.to(dtype).split(rows), targets.split(rows))
+        layer = replace(layer, weight=layer.weight.to(device, dtype))
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, count, step):
-                part = slice(start, start + step)
-                here = targets[part].unsqueeze(1)
-                logits, slope = _logits(hidden[part].to(dtype), weight, layer)
-                mean_logits[part] = logits.mean(-1)
-                is_top1[part] = _is_first_largest(logits, here)
-                logs = torch.log_softmax(logits, -1)
-                log_probs[part] = logs.gather(1, here).squeeze(1)
-                log_total = (logits.gather(1, here) - logs.gather(1, here)).squeeze(1)
-                probabilities = logs.exp_()
-                entropy[part] = log_total - torch.linalg.vecdot(probabilities, logits)
-                if squares:
-                    log_squares[part] = torch.linalg.vecdot(probabilities, probabilities).log()
-                if direction is not None:
-                    torch.mm(_pull(probabilities, here, slope, layer.scale).to(dtype), weight, out=direction[part])
-                    if slope is None:
-                        direction[part].neg_().add_(weight[targets[part]], alpha=layer.scale)
+            parts = [_score_rows(*part, layer, columns, squares, needs_gradient) for part in zip(*given, strict=True)]
+        log_probs, entropy, mean_logits, is_top1, log_squares, direction = (
+            None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)
+        )
         ctx.save_for_backward(direction)
         ctx.hidden_dtype = hidden.dtype
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(entropy, mean_logits, is_top1, log_squares)
-        return log_probs, entropy, mean_logits, is_top1, log_squares if squares else None
+        ctx.mark_non_differentiable(
+            *(each for each in (entropy, mean_logits, is_top1, log_squares) if each is not None)
+        )
+        return log_probs, entropy, mean_logits, is_top1, log_squares
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
@@ -128,19 +113,73 @@ class _Score(torch.autograd.Function):  # type: ignore[misc]
         return (direction * gradient.unsqueeze(1)).to(ctx.hidden_dtype), None, None, None, None
 
 
-def _is_first_largest(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n] bool of logits [n, V] and targets [n, 1]: whether `argmax` is the target, asked only where that is in doubt."""
-    hits = (logits.gather(1, targets) >= logits.amax(-1, keepdim=True)).squeeze(1)
-    doubtful = hits.nonzero().squeeze(1)
-    hits[doubtful] = logits[doubtful].argmax(-1) == targets[doubtful].squeeze(1)
-    return hits
+def _score_rows(
+    hidden: Tensor, targets: Tensor, layer: OutputLayer, columns: int, squares: bool, needs_gradient: bool
+) -> tuple[Tensor | None, ...]:
+    """Scores of n targets, tile after tile of the vocabulary, and d log p / d h: [n, H], or None where not wanted.
+
+    Sums of exp(logit - largest so far) are kept, and shrunk where a tile holds a larger logit (Milakov and Gimelshein 2018,
+    arXiv 1805.02867); the direction and the expected logit are sums with the same weights.
+    """
+    count, device = targets.shape[0], hidden.device
+    weight = layer.weight
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=torch.float32)
+
+    largest = torch.full((count, 1), LOWEST, device=device)
+    total, expected, logit_sum, square_total = zeros(count, 1), zeros(count, 1), zeros(count), zeros(count)
+    own, own_slope = zeros(count), torch.ones(count, device=device)
+    is_top1 = torch.zeros(count, device=device, dtype=torch.bool)
+    pull = zeros(count, weight.shape[1]) if needs_gradient else None
+    for start in range(0, weight.shape[0], columns):
+        tile = weight[start : start + columns]
+        logits, slope = _logits(hidden, tile, layer, start)
+        top = logits.amax(-1, keepdim=True)
+        here = ((targets >= start) & (targets < start + columns)).nonzero().squeeze(1)
+        places = targets[here] - start
+        here_own = logits[here, places]
+        own[here] = here_own
+        if slope is not None:
+            own_slope[here] = slope[here, places]
+        # A larger one may follow in a later tile; of equal ones the first is the top one, and `argmax` says which that is.
+        is_top1 &= top.squeeze(1) <= own
+        best = here[(here_own >= top[here].squeeze(1)) & (here_own > largest[here].squeeze(1))]
+        is_top1[best] = logits[best].argmax(-1) == targets[best] - start
+        logit_sum += logits.sum(-1)
+        grown = torch.maximum(largest, top)
+        change = largest - grown
+        shrunk, largest = change.exp(), grown
+        logits -= largest
+        powers = logits.exp()
+        expected.add_(total * change).mul_(shrunk).add_(torch.linalg.vecdot(powers, logits).unsqueeze(1))
+        total.mul_(shrunk).add_(powers.sum(-1, keepdim=True))
+        if squares:
+            square_total.mul_(shrunk.squeeze(1) ** 2).add_(torch.linalg.vecdot(powers, powers))
+        if pull is not None:
+            if slope is not None:
+                powers *= slope
+            pull.mul_(shrunk).add_(torch.mm(powers.to(weight.dtype), tile))
+    direction = None
+    if pull is not None:
+        direction = own_slope.unsqueeze(1) * weight[targets] - pull.div_(total)
+        direction = direction.mul_(layer.scale).to(weight.dtype)
+    log_total = total.log()
+    return (
+        (own.unsqueeze(1) - largest - log_total).squeeze(1),
+        (log_total - expected / total).squeeze(1),
+        logit_sum / weight.shape[0],
+        is_top1,
+        square_total.log() - 2 * log_total.squeeze(1) if squares else None,
+        direction,
+    )
 
 
-def _logits(hidden: Tensor, weight: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor | None]:
-    """(float32 logits, their derivative where a softcap bends them)."""
-    logits = torch.mm(hidden, weight.t())
+def _logits(hidden: Tensor, tile: Tensor, layer: OutputLayer, start: int) -> tuple[Tensor, Tensor | None]:
+    """(float32 logits of the tile of the vocabulary that begins there, their derivative where a softcap bends them)."""
+    logits = torch.mm(hidden, tile.t())
     if layer.bias is not None:
-        logits += layer.bias.to(logits.dtype)
+        logits += layer.bias[start : start + tile.shape[0]].to(logits.dtype)
     logits = logits.float()
     if layer.scale != 1.0:
         logits *= layer.scale
@@ -148,11 +187,3 @@ def _logits(hidden: Tensor, weight: Tensor, layer: OutputLayer) -> tuple[Tensor,
         return logits, None
     bent = torch.tanh(logits / layer.softcap)
     return layer.softcap * bent, 1 - bent * bent
-
-
-def _pull(probabilities: Tensor, targets: Tensor, slope: Tensor | None, scale: float) -> Tensor:
-    """The gradient with respect to W h: (onehot - p) * slope * scale; without a slope p * scale alone, negated later."""
-    if slope is not None:
-        probabilities.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=probabilities.dtype))
-        probabilities *= slope
-    return probabilities.mul_(scale) if scale != 1.0 else probabilities
