@@ -689,7 +689,7 @@ def compare_attention(
     return max(relative(one.float() - truth, truth) for one, truth in zip(results, truths, strict=True))
 
 
-@pytest.mark.parametrize("block", [256, 16], ids=["whole segments", "blocks"])
+@pytest.mark.parametrize("block", [128, 4], ids=["whole segments", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 4, 100])
@@ -703,12 +703,31 @@ def test_attention_is_torchs_under_an_explicit_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values and gradients of all three inputs; one more visible token in the mask must be seen."""
-    monkeypatch.setattr(attention, "BLOCK_BYTES", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
     bound = 1e-5 if dtype == torch.float32 else 1.2e-2
     mask = build_mask(window)
     assert compare_attention(heads, window, softcap, dtype, mask) < bound
     mask[14, 11] = True  # the third token of the second segment sees the last one of the first
     assert compare_attention(heads, window, softcap, dtype, mask) > 2 * bound
+
+
+def test_bfloat16_attention_rounds_no_more_than_torchs_own() -> None:
+    """With scores as large as real models have them: rounded to bfloat16 they would be off by several times as much."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 40, 64, generator=generator).bfloat16() for heads in (9, 3, 3))
+    query[..., 0] *= 10
+    key[..., 0] += 5
+    seen = torch.ones(40, 40, dtype=torch.bool).tril()
+    settings: dict[str, Any] = {"attn_mask": seen, "enable_gqa": True}
+    exact = functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = attention.packed_attention(None, query, key, value, None, segments=(Segment(0, 40),))[0].transpose(1, 2)
+        torchs = functional.scaled_dot_product_attention(query, key, value, **settings)
+    rounded = (query @ key.repeat_interleave(3, 1).transpose(2, 3) / 8).masked_fill(~seen, float("-inf"))
+    roughly = rounded.softmax(-1) @ value.repeat_interleave(3, 1)
+    errors = [float((each.double() - exact).norm() / exact.norm()) for each in (mine, torchs, roughly)]
+    assert errors[0] < 1.3 * errors[1]
+    assert errors[2] > 3 * errors[1]
 
 
 def attend_by_definition(query: Tensor, key: Tensor, value: Tensor, *ends: Any, **settings: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from politune.training import scoring
+from politune.models import scoring
 from tiny import tiny_models
 
 COUNT, HIDDEN, VOCABULARY = 100, 24, 70

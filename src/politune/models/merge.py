@@ -29,7 +29,7 @@ from politune import __version__, record
 from politune.config import DEMO_MODEL, ModelSpec
 from politune.errors import MachineError, ModelError, OutputError, safe
 from politune.models import adapter as adapters
-from politune.models import files, load
+from politune.models import files, load, tuned
 from politune.models.quiet import quiet_libraries
 from politune.report import Facts, Lines, Section
 
@@ -150,12 +150,12 @@ def merge(
         OutputError: the output is in use, is the adapter, the run or the base itself, or does not fit on the disk.
     """
     started = time.monotonic()
-    adapter = adapters.read(_adapter_directory(path))
-    beside = _beside(adapter.path)
+    adapter = adapters.read(tuned.adapter_directory(path))
+    beside = tuned.beside(adapter.path)
     papers = record.read_json(beside / "run.json") or {}
     if output is not None:
         _check_output(output, adapter.path)
-    model = load.resolve(_base_spec(adapter, papers, base), offline=offline, say=say)
+    model = load.resolve(tuned.base_spec(adapter, papers, base), offline=offline, say=say)
     target = output or beside / ("Llama-merged" if model.is_llama else "merged")
     _check_output(target, adapter.path, model.path)
     written = dtype or _own_dtype(model)
@@ -194,52 +194,11 @@ class _Chain:
     effects: Effects
 
 
-def _adapter_directory(path: Path) -> Path:
-    """The adapter that a path means: its own `adapter/` where it is a run, else itself."""
-    if not path.is_dir():
-        raise ModelError(f"there is no directory {safe(path)}", fix="give a run directory or an adapter directory")
-    if (path / "adapter").is_dir() and not (path / adapters.CONFIG).exists():
-        return path / "adapter"
-    if (path / adapters.CONFIG).exists() or (path / adapters.WEIGHTS).exists():
-        return path
-    if (path / "run.json").exists():
-        status = safe((record.read_json(path / "run.json") or {}).get("status", "unknown"))
-        raise ModelError(
-            f"the run {safe(path)} has no adapter/", why=f"its status is {status}", fix="finish it with --resume"
-        )
-    raise ModelError(
-        f"{safe(path)} is neither a run nor an adapter", why=f"there is no adapter/ and no {adapters.CONFIG} in it"
-    )
-
-
-def _beside(adapter: Path) -> Path:
-    """The directory that the adapter lies in; `.` and `..` do not say it by themselves."""
-    return adapter.resolve().parent if adapter.name in {"", ".."} else adapter.parent
-
-
-def _base_spec(adapter: adapters.Adapter, papers: Mapping[str, Any], given: str | None) -> ModelSpec:
-    """The base as given, else as the run beside the adapter recorded it, else by the adapter's own account."""
-    ran_on = papers.get("base")
-    recorded = ran_on.get("name") if isinstance(ran_on, dict) else adapter.base_name
-    name = given or recorded
-    if not isinstance(name, str) or not name:
-        raise adapter.refusal("does not say which base model it belongs to", "name it with --base")
-    if name.startswith("local:"):
-        path = None if given else record.settings_of(papers).get("model.model_name_or_path")
-        if not isinstance(path, str) or not load.is_directory(path):
-            raise adapter.refusal(
-                f"was trained on a local model, {safe(name.removeprefix('local:'))}", "say where it is with --base"
-            )
-        return ModelSpec(model_name_or_path=path)
-    on_the_hub = name != DEMO_MODEL and not load.is_local(name)
-    return ModelSpec(model_name_or_path=name, revision=adapter.base_commit if on_the_hub and name == recorded else None)
-
-
 def _check_output(output: Path, adapter: Path, base: Path | None = None) -> None:
     real, shown = output.resolve(), safe(output)
     owners = {
         "the adapter": adapter,
-        "the directory that the adapter lies in": _beside(adapter),
+        "the directory that the adapter lies in": tuned.beside(adapter),
         "the base model": base,
     }
     for owner, place in owners.items():
@@ -329,11 +288,11 @@ def _fold(
     prompts = _token_ids(model)
     network = load.load_model(model, device="cpu")
     untuned = _logits(network, prompts)
-    tuned = load.load_adapter(network, adapter.path, base=model, force_base=True)  # the base was compared before
-    reference = _logits(tuned, prompts)
+    adapted = load.load_adapter(network, adapter.path, base=model, force_base=True)  # the base was compared before
+    reference = _logits(adapted, prompts)
     say("merging")
     with quiet_libraries():
-        merged = tuned.merge_and_unload(safe_merge=True)
+        merged = adapted.merge_and_unload(safe_merge=True)
     folded = _logits(merged, prompts)
     _round(merged, dtype)
     rounded = _logits(merged, prompts)

@@ -27,14 +27,14 @@ and K the widths of all query heads and of all key-value heads, I the width of t
   of the above for one layer.
   Besides, per token: the last norm's input and output, the rotary factors, and per scored token its hidden state and
   gradient. The backward pass of one layer holds four tensors as wide as its MLP, and of the longest sequence three score
-  matrices per head, of at most m = 256 / b queries, with their mask: (3 heads min(l, m) + heads / key-value heads l) l b.
+  matrices per head, of at most m = 128 queries, with their mask: (3 heads min(l, m) + heads / key-value heads l) l b.
 - Activations of padded rows, per position and layer: inputs of the adapted projections (a copy each where PEFT casts b to a,
   else one for q, k, v and one for gate, up; with dropout each one's masked input and the mask) and the rank-wide output of
   each A; float32 inputs of two RMSNorms; queries, keys and values repeated to all heads, and the attention's output; three
   times the width of the MLP. With gradient checkpointing: one hidden state per layer, and the above for one layer.
 - Holes between tensors of different sizes that the allocator cannot use again: on a CPU a quarter of what all layers' tensors
   take, with checkpointing too, which frees the tensors and not the holes (a trimmed heap is smaller by as much).
-- Scores over the vocabulary: packed, a tile of float32 logits (`training.scoring`), one more of probabilities, and in
+- Scores over the vocabulary: packed, a tile of float32 logits (`models.scoring`), one more of probabilities, and in
   bfloat16 half of each again. Padded, TRL's tiles of at most 4,096 positions x 32,768 entries; where there is no Triton (the
   CPU), its backward pass holds seven float32 copies of the tile and a mask, for every position, prompt and padding included.
 - Libraries: what Python, torch, transformers and TRL take by themselves (on a GPU: the CUDA context). In bfloat16 on a CPU
@@ -56,7 +56,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 TILE_POSITIONS = 4096
 TILE_VOCABULARY = 32_768
 TORCH_TILE_BYTES = 7 * 4 + 1
-ATTENTION_BLOCK_BYTES = 256
+ATTENTION_BLOCK = 128
 CPU_TILE = 512 * 1024
 GPU_TILE = 4096 * 16_384
 CPU_LIBRARIES_BYTES = 800_000_000
@@ -232,7 +232,7 @@ def _packed_activations(run: Run, shape: ModelShape, tokens: int, longest: int, 
     held += tokens * b * (4 * shape.hidden + 2 * shape.head_dim + 4 * shape.intermediate)
     if on_gpu:
         return round(held * (1 + GPU_HOLES))
-    scores = 3 * shape.heads * min(longest, ATTENTION_BLOCK_BYTES // b) * longest
+    scores = 3 * shape.heads * min(longest, ATTENTION_BLOCK) * longest
     backward = b * (scores + shape.heads // shape.kv_heads * longest * longest)
     return round(held + backward + CPU_HOLES * layer * shape.layers)
 

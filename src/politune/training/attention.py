@@ -3,8 +3,8 @@
 Registered with transformers under `NAME`; a model whose attention goes through transformers' interface hands the
 `segments` that its backbone was called with to every layer. One function per kind of device computes the same:
 
-- on a CPU both passes are written out here as matrix products, some queries of a segment at a time (torch's own kernel in
-  bfloat16 converts tile by tile and takes about twice as long);
+- on a CPU torch's flash kernel goes forward, and the backward pass is written out here as matrix products per segment
+  (torch's own backward pass in bfloat16 converts tile by tile and takes more than twice as long);
 - on a GPU one call of torch's FlashAttention for rows of various lengths takes all segments, each with its own gathered keys;
 - where neither applies (float32 on a GPU, bounded scores) torch's fused attention runs segment by segment.
 """
@@ -28,9 +28,8 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 NAME = "politune_packed"
-BLOCK_BYTES = 256
-"""Of one key's scores that a CPU holds at a time (128 queries in bfloat16): longer segments are cut into blocks of queries, and
-no block computes scores that none of its queries sees."""
+BLOCK = 128
+"""Queries whose scores a CPU holds at a time: long segments are cut, and no block computes what all of it does not see."""
 
 
 # The sliding windows that layers asked for, while somebody wants to know (`watched`).
@@ -226,87 +225,79 @@ def _attend(
 class _SegmentAttention(torch.autograd.Function):  # type: ignore[misc]
     """Attention of every segment on a CPU; keeps queries, keys and values alone.
 
-    With S = scale Q K' + mask and P = softmax(S): O = P V; dV = P' dO, dP = dO V', dS = P * (dP - rowsum(P * dP)),
-    dQ = scale dS K, dK = scale dS' Q. The heads that share a key-value head are stacked into one product.
+    With S = scale Q K' + mask and P = softmax(S): dV = P' dO, dP = dO V', dS = P * (dP - rowsum(P * dP)), dQ = scale dS K,
+    dK = scale dS' Q. The heads that share a key-value head are stacked into one product.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: "tuple[Segment, ...]", scale: float, window: int | None
     ) -> Tensor:  # fmt: skip
+        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        for segment in segments:
+            k, v = _with_prefix(key, segment), _with_prefix(value, segment)
+            for queries, keys, mask in _forward_blocks(segment, window, query):
+                own = slice(segment.start + queries.start, segment.start + queries.stop)
+                result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    query[:, :, own], k[:, :, keys], v[:, :, keys], 0.0, mask is None, attn_mask=mask, scale=scale
+                )
+                output[:, own] = result.transpose(1, 2)
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
-        heads, count, width = query.shape[1:]
-        output = query.new_empty(1, count, heads, width)
-        for segment in segments:
-            k, v = _with_prefix(key[0], segment), _with_prefix(value[0], segment)
-            for block in _blocks(segment, window, query.dtype):
-                q = _stacked(query[0, :, block.own], k.shape[0])
-                found = torch.bmm(_weights(q, k[:, block.keys], segment, block, scale, window), v[:, block.keys])
-                output[0, block.own] = found.view(heads, -1, width).transpose(0, 1)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         query, key, value = ctx.saved_tensors
-        heads, width = query.shape[1], query.shape[3]
+        shared, width = key.shape[1], query.shape[3]
+        groups = query.shape[1] // shared
         dq, dk, dv = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for segment in ctx.segments:
             all_k, all_v = _with_prefix(key[0], segment), _with_prefix(value[0], segment)
-            for block in _blocks(segment, ctx.window, query.dtype):
-                k, v = all_k[:, block.keys], all_v[:, block.keys]
-                q = _stacked(query[0, :, block.own], k.shape[0])
-                g = _stacked(gradient[0, block.own].transpose(0, 1), k.shape[0])
-                weights = _weights(q, k, segment, block, ctx.scale, ctx.window)
+            for queries, keys in _blocks(segment, ctx.window):
+                length = queries.stop - queries.start
+                own = slice(segment.start + queries.start, segment.start + queries.stop)
+                stacked = (shared, groups * length, width)
+                q = query[0, :, own].reshape(stacked)
+                g = gradient[0, own].transpose(0, 1).reshape(stacked)
+                k, v = all_k[:, keys], all_v[:, keys]
+                mask = _stacked_bias(segment, ctx.window, queries, keys, q, groups)
+                weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
                 d_weights = torch.bmm(g, v.transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                dq[0, :, block.own] = torch.bmm(d_scores, k).view(heads, -1, width)
-                _add_to_keys(dk[0], segment, block.keys, torch.bmm(d_scores.transpose(1, 2), q))
-                _add_to_keys(dv[0], segment, block.keys, torch.bmm(weights.transpose(1, 2), g))
+                dq[0, :, own] = torch.bmm(d_scores, k).view(shared * groups, length, width)
+                _add_to_keys(dk[0], segment, keys, torch.bmm(d_scores.transpose(1, 2), q))
+                _add_to_keys(dv[0], segment, keys, torch.bmm(weights.transpose(1, 2), g))
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None, None
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Queries that are computed together.
-
-    Args:
-        queries: their places in the segment.
-        own: their places in the packed row.
-        keys: those that one of them sees, in the segment's prefix followed by the segment.
-    """
-
-    queries: slice
-    own: slice
-    keys: slice
-
-
-def _blocks(segment: "Segment", window: int | None, dtype: torch.dtype) -> Iterator[_Block]:
-    size = BLOCK_BYTES // dtype.itemsize
-    for start in range(0, segment.length, size):
-        stop = min(segment.length, start + size)
+def _blocks(segment: "Segment", window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries of the segment, keys of its prefix and itself that one of them sees), block by block."""
+    for start in range(0, segment.length, BLOCK):
+        stop = min(segment.length, start + BLOCK)
         first = 0 if window is None else max(0, segment.prefix_length + start - window + 1)
-        own = slice(segment.start + start, segment.start + stop)
-        yield _Block(slice(start, stop), own, slice(first, segment.prefix_length + stop))
+        yield slice(start, stop), slice(first, segment.prefix_length + stop)
 
 
-def _stacked(states: Tensor, shared: int) -> Tensor:
-    """[key-value heads, heads / key-value heads * n, d] of [heads, n, d]."""
-    return states.reshape(shared, -1, states.shape[2])
+def _forward_blocks(
+    segment: "Segment", window: int | None, query: Tensor
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """`_blocks` with the numbers to add to their scores; all of the segment and None where the kernel's own causality does."""
+    mask = bias(segment, window, query)
+    if mask is None:
+        yield slice(0, segment.length), slice(0, segment.length), None
+        return
+    for queries, keys in _blocks(segment, window):
+        yield queries, keys, mask[queries, keys]
 
 
-def _weights(query: Tensor, key: Tensor, segment: "Segment", block: _Block, scale: float, window: int | None) -> Tensor:
-    """P of a block's stacked queries, [key-value heads, stacked queries, keys]."""
-    groups = query.shape[1] // (block.own.stop - block.own.start)
-    mask = _stacked_bias(segment, window, block, query, groups)
-    return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale).softmax(-1)
-
-
-def _stacked_bias(segment: "Segment", window: int | None, block: _Block, like: Tensor, groups: int) -> Tensor:
+def _stacked_bias(
+    segment: "Segment", window: int | None, queries: slice, keys: slice, like: Tensor, groups: int
+) -> Tensor:
     """[1, groups * queries, keys]: `hidden` as numbers to add, for the stacked heads of a key-value head."""
-    key = (window, like.dtype, groups, block.queries.start)
+    key = (window, like.dtype, groups, queries.start)
     if key not in segment.masks:
-        mask = hidden(segment, window, like.device)[block.queries, block.keys].repeat(groups, 1).unsqueeze(0)
+        mask = hidden(segment, window, like.device)[queries, keys].repeat(groups, 1).unsqueeze(0)
         segment.masks[key] = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
     return segment.masks[key]
 

@@ -7,7 +7,7 @@ rows stand one after the other in a single row:
 
 `rejected` has the positions that follow its prompt and sees the prompt and itself, never `chosen` (`Segment`). Norms,
 projections and the MLP do not care where in a row a token stands; attention goes segment by segment
-(`training.attention`), and the output layer scores the completions' tokens alone (`training.scoring`). So every number
+(`training.attention`), and the output layer scores the completions' tokens alone (`models.scoring`). So every number
 that the trainer reads is the padded batch's own, up to the rounding of another order of sums.
 
 `pack` makes the layout from the padded batch that the trainer's collator built; `PackedForward` stands behind the model
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from politune.training import scoring
+from politune.models import scoring
 
 IGNORED = -100
 

@@ -91,7 +91,7 @@ class _Score(torch.autograd.Function):  # type: ignore[misc]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         rows, columns = CPU_TILE if device.type == "cpu" else GPU_TILE
         given = (hidden.to(dtype).split(rows), targets.split(rows))
-        layer = replace(layer, weight=layer.weight.to(device, dtype))
+        layer = replace(layer, weight=layer.weight.to(device))
         with torch.autocast(device.type, enabled=False):
             parts = [_score_rows(*part, layer, columns, squares, needs_gradient) for part in zip(*given, strict=True)]
         log_probs, entropy, mean_logits, is_top1, log_squares, direction = (
@@ -133,7 +133,7 @@ def _score_rows(
     is_top1 = torch.zeros(count, device=device, dtype=torch.bool)
     pull = zeros(count, weight.shape[1]) if needs_gradient else None
     for start in range(0, weight.shape[0], columns):
-        tile = weight[start : start + columns]
+        tile = weight[start : start + columns].to(hidden.dtype)
         logits, slope = _logits(hidden, tile, layer, start)
         top = logits.amax(-1, keepdim=True)
         here = ((targets >= start) & (targets < start + columns)).nonzero().squeeze(1)
@@ -159,11 +159,11 @@ def _score_rows(
         if pull is not None:
             if slope is not None:
                 powers *= slope
-            pull.mul_(shrunk).add_(torch.mm(powers.to(weight.dtype), tile))
+            pull.mul_(shrunk).add_(torch.mm(powers.to(tile.dtype), tile))
     direction = None
     if pull is not None:
         direction = own_slope.unsqueeze(1) * weight[targets] - pull.div_(total)
-        direction = direction.mul_(layer.scale).to(weight.dtype)
+        direction = direction.mul_(layer.scale).to(hidden.dtype)
     log_total = total.log()
     return (
         (own.unsqueeze(1) - largest - log_total).squeeze(1),
