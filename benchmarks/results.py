@@ -68,7 +68,7 @@ def render(facts: Record, records: Sequence[Record]) -> str:
         parts.setdefault(record["part"], []).append(record)
     main = parts.get("main", [])
     main = [record for record in main if record["pairs"] == main[-1]["pairs"]]
-    growth = sorted(parts.get("pairs", []), key=lambda record: record["pairs"])
+    growth = _middle_runs(parts.get("pairs", []))
     sections = [
         "# Speed and memory of `politune train dpo`",
         "Written by `make bench` (`python benchmarks/speed.py`). How the figures come about stands there, in `flops.py` and in\n"
@@ -191,6 +191,14 @@ def _comparison(main: list[Record]) -> str:
     return _table([*heads, "products, GFLOP/s"], rows)
 
 
+def _middle_runs(runs: list[Record]) -> list[Record]:
+    """Of each number of pairs the run that took the median time (of an even number the faster of the middle two)."""
+    of_pairs: dict[int, list[Record]] = {}
+    for run in sorted(runs, key=seconds):
+        of_pairs.setdefault(run["pairs"], []).append(run)
+    return [of_pairs[pairs][(len(of_pairs[pairs]) - 1) // 2] for pairs in sorted(of_pairs)]
+
+
 def _pairs(growth: list[Record]) -> str:
     deviations = _deviations(growth) if len(growth) > 2 else [None] * len(growth)
     rows = [
@@ -204,7 +212,9 @@ def _pairs(growth: list[Record]) -> str:
         for run, off in zip(growth, deviations, strict=True)
     ]
     heads = ["pairs", "packed tokens", "s per epoch", "s per 1,000 tokens", "off the line", "peak memory, GB"]
-    line = "politune, bf16. The line is the one with the least squared relative deviations from the measured epochs."
+    line = (
+        "politune, bf16. Of each size the run with the median time; the line has the least squared relative deviations."
+    )
     return f"{line}\n\n{_table([*heads, 'products, GFLOP/s'], rows)}"
 
 

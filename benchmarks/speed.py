@@ -103,7 +103,9 @@ def plan(parts: list[str], pairs: int, rounds: int) -> list[Task]:
             for dtype in both
             for arm in (*ARMS[turn % 3 :], *ARMS[: turn % 3])
         ],
-        "pairs": [Task("pairs", "politune", "bf16", pairs * times) for times in (1, 4, 16)],
+        "pairs": [
+            Task("pairs", "politune", "bf16", pairs * times, turn) for turn in range(rounds) for times in (1, 4, 16)
+        ],
         "length": [Task("length", "politune", "bf16", max(1, pairs // 3), fill=n) for n in (256, 512, 1024, 2048)],
         "size": [
             Task("size", arm, "bf16", max(1, pairs * 2 // 3), model=model)

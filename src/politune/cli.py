@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from politune import __version__, presets, report
-from politune.config import SHIPPED_DATA, DpoRun, Run, SftRun
-from politune.errors import ConfigError, MachineError, OutputError, PolituneError, safe
+from politune.config import SHIPPED_DATA, DataSpec, DpoRun, Run, SftRun
+from politune.errors import ConfigError, DataError, MachineError, OutputError, PolituneError, safe
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
 
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Tune a model: dpo (preferences) or sft (completions).")
 presets_app = typer.Typer(help="List, show, check and export presets.")
+instruments_app = typer.Typer(help="List, show and check the items that a model's lean is measured with.")
 app.add_typer(train_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")]
@@ -50,6 +51,12 @@ Calibrate = Annotated[
     bool,
     typer.Option(
         "--calibrate", help="Measure for some seconds how fast this run would go, for the plan; it is remembered."
+    ),
+]
+Measure = Annotated[
+    Literal["before-after"] | None,
+    typer.Option(
+        "--measure", help="When the run is done, measure how far it moved the model's lean (`politune measure`)."
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output-dir.")]
@@ -153,6 +160,7 @@ def _train_command(method: Literal["dpo", "sft"]) -> Callable[..., None]:
         set_: Sets = None,
         dry_run: DryRun = False,
         calibrate: Calibrate = False,
+        measure: Measure = None,
         resume: Resume = False,
         offline: Offline = False,
         json: Json = False,
@@ -162,7 +170,7 @@ def _train_command(method: Literal["dpo", "sft"]) -> Callable[..., None]:
         if dry_run:
             _show_plan(resolved.run, calibrate, json, quiet)
         else:
-            _train(resolved, calibrate, resume, offline, json, quiet)
+            _train(resolved, calibrate, measure is not None, resume, offline, json, quiet)
 
     return command
 
@@ -184,7 +192,7 @@ def _show_plan(run: Run, calibrate: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _train(
-    resolved: presets.Resolved, calibrate: bool, resume: bool, offline: bool, as_json: bool, quiet: bool
+    resolved: presets.Resolved, calibrate: bool, measure: bool, resume: bool, offline: bool, as_json: bool, quiet: bool
 ) -> None:
     with _stdout_reserved():
         from politune.training import run as training
@@ -195,6 +203,7 @@ def _train(
             offline=offline,
             quiet=quiet,
             calibrate=calibrate,
+            measure=measure,
             say=_say(quiet),
             show=lambda estimate: None if quiet else report.show(estimate, as_json=False, file=sys.stderr),
             words=shlex.join(["politune", *sys.argv[1:]]),
@@ -349,6 +358,143 @@ def presets_schema() -> None:
 
 
 app.add_typer(presets_app, name="presets")
+
+
+@app.command("measure")
+def measure_command(
+    model: Annotated[
+        str, typer.Argument(help="A run directory, an adapter, a checkpoint's directory, a Hub id, or `demo`.")
+    ],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter of MODEL: both are measured.")] = None,
+    instrument: Annotated[
+        list[str] | None,
+        typer.Option("--instrument", help="An instrument's name, or a .jsonl or .csv file; may be repeated."),
+    ] = None,
+    preset: Annotated[
+        Literal["quick", "standard", "full"], typer.Option("--preset", help="How much is asked.")
+    ] = "standard",
+    asker: Annotated[
+        str, typer.Option("--asker", help="What the questions say of who asks: none,left,right or some of them.")
+    ] = "none",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option("--dtype", help="Number format to compute in (default: the run's, else float32)."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws that the intervals come from.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new directory, or that of the same measurement to go on with.")
+    ] = Path("measurement"),
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model's political lean; of a run or an adapter, how far tuning moved it, with an interval and a control."""
+    askers = tuple(asker.split(","))
+    if unknown := [each for each in askers if each not in ("none", "left", "right")]:
+        raise ConfigError(f"{safe(unknown[0])} is none of none, left, right", where="--asker")
+    from politune.training.signals import caught
+
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
+        from politune.lean import measure
+
+        result = measure.measure(
+            model,
+            adapter=adapter,
+            instrument_names=instrument or (),
+            preset=preset,
+            askers=askers,  # type: ignore[arg-type]  # checked above
+            dtype=dtype,
+            seed=seed,
+            output=output,
+            offline=offline,
+            say=_say(quiet),
+        )
+    report.show(result, as_json=json)
+
+
+@app.command("compare")
+def compare_command(
+    base: Annotated[Path, typer.Argument(help="A measurement that has the base model's rows.")],
+    tuned: Annotated[list[Path], typer.Argument(help="Measurements of tuned models.")],
+    control: Annotated[
+        Path | None, typer.Option("--control", help="A measurement of a control run, to be taken off item by item.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("comparison"),
+    json: Json = False,
+) -> None:
+    """Compare measurements of tuned models with one of their base; nothing is loaded but their rows."""
+    from politune.lean import compare
+
+    report.show(compare.compare(base, tuned, control=control, output=output), as_json=json)
+
+
+@instruments_app.callback(invoke_without_command=True)
+def instruments_command(context: typer.Context) -> None:
+    """List the instruments (same as `politune instruments list`)."""
+    if context.invoked_subcommand is None:
+        instruments_list()
+
+
+@instruments_app.command("list")
+def instruments_list(json: Json = False) -> None:
+    """List the instruments that are part of the package."""
+    from politune.lean import instruments
+
+    report.show(instruments.overview(), as_json=json)
+
+
+@instruments_app.command("show")
+def instruments_show(
+    name: Annotated[str, typer.Argument(help="An instrument's name, or a .jsonl or .csv file.")], json: Json = False
+) -> None:
+    """Print every item, word for word."""
+    from politune.lean import instruments
+
+    report.show(instruments.contents(instruments.load(name)), as_json=json)
+
+
+@instruments_app.command("check")
+def instruments_check(
+    name: Annotated[str, typer.Argument(help="An instrument's name, or a .jsonl or .csv file.")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="Training data (as --dataset_name) to look for the same words in.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Look for what would make a measurement misleading: one side, lengths, duplicates, few topics, items seen in training."""
+    from politune.data import sources
+    from politune.lean import instruments
+
+    rows: Sequence[dict[str, object]] = []
+    if against:  # a shipped row holds both sides, whichever direction is asked for
+        direction: Literal["left"] | None = "left" if against in SHIPPED_DATA else None
+        rows = sources.load(DataSpec(dataset_name=against, direction=direction)).rows
+    result = instruments.check(instruments.load(name), against=rows, against_name=against)
+    report.show(result, as_json=json)
+    if result.has_errors:
+        raise typer.Exit(DataError.exit_code)
+
+
+@instruments_app.command("import")
+def instruments_import(
+    kind: Annotated[
+        Literal["propositions", "8values", "pairs"],
+        typer.Argument(metavar="FORMAT", help="propositions (CSV), 8values (JSON), or pairs (CSV, a column per side)."),
+    ],
+    file: Annotated[Path, typer.Argument(help="The file to read.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The instrument to write, a new .jsonl file.")],
+    licence: Annotated[
+        str, typer.Option("--license", help="The items' licence, for the instrument's first line.")
+    ] = "unknown",
+    json: Json = False,
+) -> None:
+    """Rewrite items that you hold in another form as an instrument."""
+    from politune.lean import importers
+
+    report.show(importers.import_items(kind, file, output, licence=licence), as_json=json)
+
+
+app.add_typer(instruments_app, name="instruments")
 
 
 @app.command("ask", rich_help_panel=_MORE)

@@ -10,10 +10,8 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from typing import Any, Literal
 from politune import __version__
 from politune.config import DEMO_MODEL, Run
 from politune.errors import OutputError, safe
+from politune.writing import write_whole
 
 SCHEMA_VERSION = 1
 LIBRARIES = (
@@ -51,36 +50,13 @@ def write_json(path: Path, document: Any) -> None:
     Raises:
         OutputError: the directory is not writable or the disk is full.
     """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     try:
-        with whole_file(path) as handle:
-            json.dump(document, handle, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-            handle.write("\n")
+        write_whole(path, text)
     except OSError as error:
         raise OutputError(
             f"cannot write {safe(path)}", why=error.strerror, fix="free some space or choose another --output_dir"
         ) from error
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Any]:
-    """A text handle whose content replaces `path` only when the block ends without an error."""
-    handle = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False)  # noqa: SIM115
-    try:
-        with handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        Path(handle.name).chmod(0o666 & ~_umask())
-        Path(handle.name).replace(path)
-    except BaseException:
-        Path(handle.name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -209,8 +185,11 @@ def generator_note(generator: str | None, base: str) -> str | None:
     )
 
 
-def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"]) -> str:
-    """The README.md of an adapter or a merged model, made from its disclosure metadata alone."""
+NOT_EVALUATED = "Not evaluated: no measurement of the political lean of this model is part of this card."
+
+
+def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"], measured: str = NOT_EVALUATED) -> str:
+    """The README.md of an adapter or a merged model, made from its disclosure metadata and what was measured."""
     given = {
         key.removeprefix("politune."): _plain(text)
         for key, text in metadata.items()
@@ -234,6 +213,7 @@ def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"]) -
             "generator": given.get("data_generator", "an unknown author or model"),
             "title": given.get("title", ""),
             "licence": licence,
+            "measured": measured,
         }
     )
     hub_base = base if "/" in base and not base.startswith("local:") else None
@@ -263,7 +243,7 @@ _CARD = """\
 
 ## Measured shift
 
-Not evaluated: no measurement of the political lean of this model is part of this card.
+{measured}
 
 ## Intended use and limits
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from politune.errors import OutputError
-from politune.report import Bars, Curve, Facts, Lines, Section, Table, show, to_html, to_json, write_html
+from politune.report import Bars, Curve, Facts, Intervals, Lines, Section, Table, show, to_html, to_json, write_html
 from politune.report.cells import cell_text
 from politune.report.plots import nice_ticks
 
@@ -60,6 +60,9 @@ def every_section(text: str) -> tuple[Section, ...]:
         Lines(text, (text, "second")),
         Lines(text, (text,), boxed=True),
         Bars(text, ((text, 3.0), ("b", -1.0), ("c", math.nan)), unit=text),
+        Intervals(
+            text, ((text, 0.2, 0.1, 0.3), ("b", math.nan, -math.inf, math.inf), ("c", -1.0, -2.0, 0.0)), unit=text
+        ),
         Curve(text, text, ((text, ((0.0, 1.0), (1.0, 2.0))), ("b", ((0.0, math.nan),)))),
     )
 
@@ -347,6 +350,19 @@ def test_no_text_breaks_out(text: str) -> None:
     page = to_html(report)
     assert not hidden.search(page) and Page(page).open == []
     assert json.loads(to_json(report))["title"] == text
+
+
+def test_intervals_lie_where_their_numbers_say() -> None:
+    """On the strip zero is a bar, the value a dot between its ends; the drawing says how many leave zero out."""
+    section = Intervals(
+        "Shift", (("left", -1.0, -1.5, -0.5), ("none", 0.1, -0.5, 0.75), ("unknown", 0.0, -math.inf, math.inf)), "nats"
+    )
+    lines = {line.split()[0]: line for line in rendered(section).splitlines() if line.strip()}
+    strips = {name: lines[name] for name in ("left", "none", "unknown")}
+    zero = strips["left"].rindex("|")
+    assert all(zero in (strip.find("|"), strip.find("o", 20), strip.rfind("o")) for strip in strips.values())
+    assert strips["left"].rindex("o") < zero < strips["none"].rindex("o")
+    assert "3 intervals, 1 of them without zero" in to_html(SampleReport("x", (section,)))
 
 
 def test_the_page_is_written_in_one_step(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = device or _own_device()
+    place = device or own_device()
     options: dict[str, Any] = {
         "dtype": torch.bfloat16 if bf16 else torch.float32,
         "trust_remote_code": False,
@@ -316,7 +316,8 @@ def _four_bits() -> Any:
     )
 
 
-def _own_device() -> str:
+def own_device() -> str:
+    """Where this process computes, as torch names it."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from politune import __version__, record
-from politune.config import DEMO_MODEL, ModelSpec
 from politune.errors import MachineError, ModelError, OutputError, safe
 from politune.models import adapter as adapters
 from politune.models import files, load, tuned

@@ -5,7 +5,6 @@ sides of a pair, without padding, per second of optimizer steps; a speed holds f
 same length.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Literal, TypeAlias
 from politune.cache import user_cache
 from politune.config import Run
 from politune.plan.machine import Machine
+from politune.writing import write_whole
 
 CACHE_FILE = "rates.json"
 MOST_RATES = 200
@@ -92,14 +92,10 @@ def remember_rate(run: Run, machine: Machine, rate: Rate, *, processes: int = 1,
     rates.pop(_kind(run, machine, processes), None)
     rates[_kind(run, machine, processes)] = asdict(rate)
     newest = dict(list(rates.items())[-MOST_RATES:])
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(newest, indent=1, allow_nan=False), encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(newest, indent=1, allow_nan=False))
     except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            draft.unlink()
         return False
     return True
 

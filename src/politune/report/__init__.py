@@ -50,6 +50,15 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """A value with an interval per label, beside zero (a forest plot): label, value, low, high; `unit` says what they count."""
+
+    title: str
+    intervals: tuple[tuple[str, float, float, float], ...]
+    unit: str
+
+
+@dataclass(frozen=True)
 class Curve:
     """Named series of (x, y) points over a shared x axis."""
 
@@ -58,7 +67,7 @@ class Curve:
     series: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
 
 
-Section: TypeAlias = Facts | Table | Lines | Bars | Curve
+Section: TypeAlias = Facts | Table | Lines | Bars | Intervals | Curve
 
 
 class Report(Protocol):
@@ -105,6 +114,23 @@ def write_html(report: Report, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from politune.report import html
+    _write(path, to_html(report))
 
-    html.write_html(report, path)
+
+def write_json(report: Report, path: Path) -> None:
+    """Writes the JSON document to `path` in one step.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(path, to_json(report) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    from politune.errors import OutputError, safe
+    from politune.writing import write_whole
+
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise OutputError("the report cannot be written", where=safe(path), why=error.strerror) from error

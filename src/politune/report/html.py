@@ -5,19 +5,16 @@ way in, so that a data set cannot put anything into the page but words.
 """
 
 import base64
-import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from politune import __version__
-from politune.errors import OutputError, safe
-from politune.report import Bars, Cell, Curve, Facts, Lines, Report, Section, Table
+from politune.errors import safe
+from politune.report import Bars, Cell, Curve, Facts, Intervals, Lines, Report, Section, Table
 from politune.report.cells import cell_text, numeric_columns
-from politune.report.plots import draw_bars, draw_curve
+from politune.report.plots import draw_bars, draw_curve, draw_intervals
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2024; --muted: #5d666f; --rule: #dfe3e8; --soft: #f5f7f9;
@@ -53,6 +50,7 @@ svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 svg text { fill: var(--muted); font-size: 12px; } svg .strong { fill: var(--ink); }
 svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--muted); } .bar { fill: var(--s0); } .below { fill: var(--s1); }
+.span { stroke: var(--s0); stroke-width: 2.5; } .dot { fill: var(--ink); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); stroke-dasharray: 7 4; }
 .s2 { stroke: var(--s2); stroke-dasharray: 2 4; } .s3 { stroke: var(--s3); stroke-dasharray: 10 4 2 4; }
@@ -97,19 +95,6 @@ def to_html(report: Report) -> str:
 """
 
 
-def write_html(report: Report, path: Path) -> None:
-    """Writes the page described at `politune.report.write_html`."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(to_html(report), encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise OutputError("the report page cannot be written", where=safe(target), why=error.strerror) from error
-
-
 def _policy() -> str:
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -136,6 +121,8 @@ def _section(section: Section, number: int) -> str:
             body = _lines(section)
         case Bars():
             body = _figure(draw_bars(section, f"plot{number}"), _bar_table(section))
+        case Intervals():
+            body = _figure(draw_intervals(section, f"plot{number}"), _interval_table(section))
         case Curve():
             body = _figure(draw_curve(section, f"plot{number}"), _curve_table(section))
     heading = f'<h2 id="section{number}">{_text(section.title)}</h2>\n' if section.title else ""
@@ -180,6 +167,10 @@ def _figure(plot: str, table: str) -> str:
 
 def _bar_table(section: Bars) -> str:
     return _table_of(("", section.unit), section.bars, (False, True))
+
+
+def _interval_table(section: Intervals) -> str:
+    return _table_of(("", section.unit, "low", "high"), section.intervals, (False, True, True, True))
 
 
 def _curve_table(section: Curve) -> str:

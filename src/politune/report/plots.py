@@ -1,4 +1,4 @@
-"""Bars and curves as inline SVG; colours and line styles are classes of the page's style sheet.
+"""Bars, intervals and curves as inline SVG; colours and line styles are classes of the page's style sheet.
 
 Coordinates are in the units of the view box, `WIDTH` across; one unit is about one pixel on a wide screen. Series
 differ in colour and in dash, so that they can be told apart without colour.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 from politune.errors import safe
-from politune.report import Bars, Curve
+from politune.report import Bars, Curve, Intervals
 from politune.report.cells import cell_text
 
 WIDTH = 760
@@ -42,6 +42,27 @@ def draw_bars(section: Bars, name: str) -> str:
     summary = f"{len(section.bars)} bars" + (
         f"; the largest is {largest[0]} with {cell_text(largest[1])}" if largest else ""
     )
+    return _svg(name, section.title, f"{summary}. Unit: {section.unit}.", bottom + 46, parts)
+
+
+def draw_intervals(section: Intervals, name: str) -> str:
+    """One value per label as a dot on its interval, over an axis that includes zero; an end that is infinite runs to the edge.
+
+    Args:
+        section: the intervals; a value that is not finite has no dot.
+        name: prefix of the ids in the drawing, unique in the page.
+    """
+    ends = [end for _, *numbers in section.intervals for end in numbers if math.isfinite(end)]
+    ticks = nice_ticks(min(0.0, *ends, 0.0), max(0.0, *ends, 0.0))
+    left, right, bottom = 210, WIDTH - 70, ROW_HEIGHT * len(section.intervals) + 8
+    scale = _Scale(ticks[0], ticks[-1], left, right)
+    parts = [_vertical_tick(scale.at(tick), 4, bottom, _tick_text(tick, ticks)) for tick in ticks]
+    parts.append(_line(scale.at(0.0), 4, scale.at(0.0), bottom, "axis"))
+    for row, (label, value, low, high) in enumerate(section.intervals):
+        parts += _interval(label, value, (max(low, ticks[0]), min(high, ticks[-1])), scale, 8 + ROW_HEIGHT * row)
+    parts.append(_label((left + right) / 2, bottom + 38, section.unit, "middle strong"))
+    apart = sum(low > 0 or high < 0 for _, _, low, high in section.intervals)
+    summary = f"{len(section.intervals)} intervals, {apart} of them without zero"
     return _svg(name, section.title, f"{summary}. Unit: {section.unit}.", bottom + 46, parts)
 
 
@@ -162,6 +183,16 @@ def _bar(label: str, value: float, scale: _Scale, top: float) -> str:
         parts.append(f'<rect {box} rx="2" class="{kind}"/>')
     parts.append(_label(max(zero, end) + 6, top + 14, cell_text(float(value)), ""))
     return "".join(parts)
+
+
+def _interval(label: str, value: float, ends: tuple[float, float], scale: _Scale, top: float) -> list[str]:
+    middle = top + ROW_HEIGHT / 2 - 4
+    parts = [_label(scale.start - 8, middle + 4, label, "end strong")]
+    if ends[0] <= ends[1]:
+        parts.append(_line(scale.at(ends[0]), middle, scale.at(ends[1]), middle, "span"))
+    if math.isfinite(value):
+        parts.append(f'<circle class="dot" cx="{scale.at(value):.1f}" cy="{middle:.1f}" r="4.5"/>')
+    return parts
 
 
 def _legend_entry(label: str, index: int) -> str:

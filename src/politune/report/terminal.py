@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from politune.errors import MAX_FOREIGN_CHARACTERS, safe
-from politune.report import Bars, Curve, Facts, Lines, Report, Section, Table, document
+from politune.report import Bars, Curve, Facts, Intervals, Lines, Report, Section, Table, document
 from politune.report.cells import cell_text, numeric_columns
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNWRAPPED_COLUMNS = 10_000
 BAR_COLUMNS = 32
 SPARK_COLUMNS = 32
+LEAST_STRIP = 12
 BOX_COLUMNS = 100
 GAP_COLUMNS = 2
 
@@ -88,6 +89,8 @@ def _render(section: Section, console: "Console") -> "Iterator[RenderableType]":
             yield _lines(section, console)
         case Bars():
             yield _bars(section, console)
+        case Intervals():
+            yield _intervals(section, console)
         case Curve():
             yield _curve(section, console)
 
@@ -173,6 +176,31 @@ def _bars(section: Bars, console: "Console") -> "RenderableType":
         share = abs(value) / largest if largest and math.isfinite(value) else 0.0
         text.append((negative if value < 0 else full) * math.ceil(share * longest))
     return _framed(columns, texts, (False, True, False))
+
+
+def _intervals(section: Intervals, console: "Console") -> "RenderableType":
+    """A line per label: value, ends, and where they lie beside zero, where there is room for it."""
+    columns = ["", safe(section.unit), "low", "high"]
+    rows = [[safe(label), *(cell_text(float(number)) for number in numbers)] for label, *numbers in section.intervals]
+    finite = [end for _, *numbers in section.intervals for end in numbers if math.isfinite(end)]
+    low, high = min([*finite, 0.0]), max([*finite, 0.0])
+    used = sum(max(len(row[index]) for row in (*rows, columns)) + GAP_COLUMNS for index in range(len(columns)))
+    room = min(SPARK_COLUMNS, console.width - used - 2 * GAP_COLUMNS)
+    if room < LEAST_STRIP or low == high:
+        return _framed(columns, rows, (False, True, True, True))
+
+    def place(number: float) -> int:
+        return round((min(max(number, low), high) - low) / (high - low) * (room - 1))
+
+    for row, (_, value, start, stop) in zip(rows, section.intervals, strict=True):
+        strip = [" "] * room
+        if start <= stop:
+            strip[place(start) : place(stop) + 1] = ["-"] * (place(stop) - place(start) + 1)
+        strip[place(0.0)] = "|"
+        if math.isfinite(value):
+            strip[place(value)] = "o"
+        row.append("".join(strip))
+    return _framed([*columns, ""], rows, (False, True, True, True, False))
 
 
 def _bar_columns(columns: list[str], texts: list[list[str]], console: "Console") -> int:

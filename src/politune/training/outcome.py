@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.report import Curve, Facts, Section
+
+if TYPE_CHECKING:
+    from politune.lean.results import MeasureReport
 
 Points: TypeAlias = tuple[tuple[float, float], ...]
 Plot: TypeAlias = tuple[str, tuple[tuple[str, Points], ...]]
@@ -36,6 +39,7 @@ class TrainReport:
     what tuning that does not carry over gives. Log-probabilities are summed over the completion, in nats. `left_out` counts
     the rows that were not trained on, or not whole, by reason. `minutes` is all of the training; `reference_seconds` of it the
     phase in which DPO's reference is scored, which `tokens_per_second` leaves out, as it does saving and evaluating.
+    `measurement` is what the instruments say, where the run was asked for it.
     """
 
     method: str
@@ -57,6 +61,7 @@ class TrainReport:
     curves: tuple[Plot, ...]
     sync_command: str | None
     disclosure: str
+    measurement: "MeasureReport | None" = None
 
     @property
     def headline(self) -> str:
@@ -78,7 +83,9 @@ class TrainReport:
         ]
         if self.sync_command:
             run.append(("Weights & Biases, kept offline", self.sync_command))
+        measured = self.measurement.verdicts() if self.measurement else []
         return [
+            *measured,
             *(Facts(title, tuple(metrics.items())) for title, metrics in evaluated.items() if metrics),
             *(Curve(title, "step", series) for title, series in self.curves),
             Facts("Run", (*run, ("next", f"politune merge {self.output_dir}"))),

@@ -3,13 +3,15 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from politune import plan, preview, record, report
 from politune.config import Run
 from politune.data import sources
+from politune.data.format import Table
 from politune.errors import OutputError, safe
+from politune.models import adapter as adapters
 from politune.models import load
 from politune.models.quiet import quiet_libraries
 from politune.presets import Resolved, command
@@ -20,7 +22,7 @@ from politune.training.identity import CALL_TOKENS, check_checkpoint, check_fini
 from politune.training.outcome import TrainReport, from_document
 from politune.training.prepare import Prepared, prepare
 from politune.training.processes import is_main_process, resuming, use_one_gpu, world_size
-from politune.training.signals import caught
+from politune.training.signals import StopRequest, caught
 
 
 def train(
@@ -30,11 +32,12 @@ def train(
     offline: bool = False,
     quiet: bool = False,
     calibrate: bool = False,
+    measure: bool = False,
     say: Callable[[str], None],
     show: Callable[[plan.PlanReport], None],
     words: str | None = None,
 ) -> TrainReport:
-    """Trains a LoRA adapter and exports it, or resumes an interrupted run.
+    """Trains a LoRA adapter and exports it, or resumes an interrupted run; then measures what that moved, if asked to.
 
     Args:
         resolved: the validated run.
@@ -42,6 +45,7 @@ def train(
         offline: use what is on this machine only.
         quiet: no progress during training.
         calibrate: measure how long the run will take, for the plan (`plan.timed`).
+        measure: put base and tuned model to the instruments when the run is done (`lean.measure`, quick).
         say: takes one line of progress.
         show: takes the plan, before the expensive part.
         words: the user's own command, for the sentence that says how to resume.
@@ -54,7 +58,27 @@ def train(
     load.check(run.model)
     check_trl_table(run)
     use_one_gpu(say)
-    with caught(resuming(words or command(run))) as stop, claimed(directory, resolved, resume) as papers:
+    with caught(resuming(words or command(run))) as stop:
+        result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop)
+        if measure and is_main_process():
+            result = _measured(result, directory, say)
+    return result
+
+
+def _train(
+    resolved: Resolved,
+    directory: Path,
+    table: Table | None,
+    resume: bool,
+    offline: bool,
+    quiet: bool,
+    calibrate: bool,
+    say: Callable[[str], None],
+    show: Callable[[plan.PlanReport], None],
+    stop: StopRequest,
+) -> TrainReport:
+    run = resolved.run
+    with claimed(directory, resolved, resume) as papers:
         if resume and papers.is_done:
             check_finished(papers.document, run)
             say("this run is finished: nothing left to train")
@@ -83,6 +107,20 @@ def train(
         if is_main_process():
             report.write_html(result, directory / "report.html")
         papers.finish(asdict(result))
+    return result
+
+
+def _measured(result: TrainReport, directory: Path, say: Callable[[str], None]) -> TrainReport:
+    """With the shift that the run's adapter makes, which also goes into its model card and onto its page."""
+    with _offline_from_here(), quiet_libraries():
+        from politune.lean import measure
+
+        found = measure.measure(str(directory), preset="quick", output=directory / "measurement", offline=True, say=say)
+    adapter = adapters.read(directory / "adapter")
+    card = record.model_card(adapter.metadata, "adapter", found.card_text or record.NOT_EVALUATED)
+    (directory / "adapter" / "README.md").write_text(card, encoding="utf-8")
+    result = replace(result, measurement=found)
+    report.write_html(result, directory / "report.html")
     return result
 
 

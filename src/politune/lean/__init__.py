@@ -1,0 +1,1 @@
+"""Measuring a model's lean: instruments, and what their scores say."""

@@ -1,0 +1,155 @@
+"""The rows of a measurement: every log-probability that a model gave, from which all numbers are computed again without it.
+
+A file holds one JSON object per line. Rows are appended in blocks, and a block's last line says that it is whole: what a killed
+process left half written is dropped, and its block is measured anew.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from politune.errors import DataError, OutputError, safe
+from politune.lean.prompts import Asker, Persona
+
+State: TypeAlias = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one state of the model gave for one query.
+
+    Args:
+        state: base, or with the adapter.
+        instrument, kind, item, topic, axis: of the item; items without an axis have an empty one.
+        side: the statement's side; empty where the row holds both, or none.
+        template, order, wording, asker, persona: how it was put.
+        log_probs: in nats, of each continuation, summed over its tokens.
+        tokens: of each continuation.
+        key, weight: of a statement without an opposite.
+        answer: the place of a choice's right answer.
+    """
+
+    state: State
+    instrument: str
+    kind: str
+    item: str
+    topic: str
+    axis: str
+    side: str
+    template: int
+    order: int
+    wording: int
+    asker: Asker
+    persona: Persona
+    log_probs: tuple[float, ...]
+    tokens: tuple[int, ...]
+    key: int = 0
+    weight: float = 1.0
+    answer: int = -1
+
+    def with_scores(self, log_probs: tuple[float, ...]) -> "Row":
+        """This row with what the model gave."""
+        return replace(self, log_probs=log_probs)
+
+
+_FIELDS = {field.name for field in fields(Row)}
+
+
+class Journal:
+    """The rows on disk, block after block.
+
+    Args:
+        path: of the file; what is whole in it is kept, the rest cut off.
+
+    Raises:
+        DataError: the file is none of these.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, list[Row]] = {}
+        whole = 0
+        content = path.read_bytes() if path.exists() else b""
+        block: list[Row] = []
+        place = 0
+        for line in content.split(b"\n")[:-1]:  # what follows the last line's end was cut off
+            place += len(line) + 1
+            document = _parsed(line)
+            if document is None:
+                break
+            if "block" in document:
+                self.rows[str(document["block"])] = block
+                block, whole = [], place
+            else:
+                block.append(_row(document, path))
+        if whole < len(content):
+            with path.open("rb+") as file:
+                file.truncate(whole)
+
+    def append(self, block: str, rows: Sequence[Row]) -> None:
+        """Writes a block and waits until the disk has it.
+
+        Raises:
+            OutputError: the disk is full or gone.
+        """
+        lines = [*(json.dumps(asdict(row)) for row in rows), json.dumps({"block": block})]
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(line + "\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {safe(self.path)}", why=error.strerror, fix="make room and run the same command again"
+            ) from error
+        self.rows[block] = list(rows)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a finished measurement, in the order of the file.
+
+    Raises:
+        DataError: there are none, or the file is damaged, with the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read {safe(path)}", why=error.strerror) from error
+    if lines.pop():
+        raise DataError(
+            "was cut off in the middle of a line", where=safe(path), fix="run its measurement again to the end"
+        )
+    rows: list[Row] = []
+    block: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        document = _parsed(line)
+        if document is None:
+            raise DataError("is no row of a measurement", where=f"{safe(path)}:{number}")
+        if "block" in document:
+            rows += block
+            block = []
+        else:
+            block.append(_row(document, path))
+    if block or not rows:
+        raise DataError(f"{safe(path)} is not finished", fix="run its measurement again to the end")
+    return rows
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object in a line; None where it is none, or was cut off."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _row(document: dict[str, Any], path: Path) -> Row:
+    if set(document) != _FIELDS:
+        raise DataError(
+            f"{safe(path)} holds a row of another version of politune", fix="measure again into another directory"
+        )
+    return Row(**{**document, "log_probs": tuple(document["log_probs"]), "tokens": tuple(document["tokens"])})

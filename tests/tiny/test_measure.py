@@ -1,0 +1,225 @@
+"""Measuring a tiny model end to end: rows, resumption, recomputation, comparison, refusals."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from politune.errors import ConfigError, DataError, ModelError, OutputError
+from politune.lean import compare, measure, plan, rows, statistics
+from politune.lean.analysis import POLITICAL
+from politune.lean.results import MeasureReport, summarise
+from politune.report import to_json
+from tiny import tiny_models
+from tiny.test_train import adapter_hash, resolve, train, write_pairs
+
+ITEMS = 10
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWS", 199)
+    monkeypatch.setattr(plan, "BLOCK_TOKENS", 600)
+
+
+@pytest.fixture
+def instrument(tmp_path: Path) -> Path:
+    """Of every kind that is scored, on both political axes and the control."""
+    axes = ("economic", "social", "control")
+    lines: list[dict[str, Any]] = [
+        {"name": "small", "version": "1", "license": "MIT", "language": "en", "attribution": "a test", "description": "A test.",
+         "axes": {axis: ["left", "right"] for axis in axes}}
+    ]  # fmt: skip
+    for number in range(ITEMS):
+        for axis in axes:
+            labels = {"topic": f"{axis} {number}", "axis": axis}
+            lines.append(
+                {"kind": "pair", "id": f"p-{axis}-{number}", **labels,
+                 "left": [f"Rule {number} is good.", f"Keep rule {number}."],
+                 "right": [f"Rule {number} is bad.", f"Drop rule {number}."]}
+            )  # fmt: skip
+            lines.append(
+                {"kind": "texts", "id": f"t-{axis}-{number}", **labels, "prompts": [f"Rule {number}?", f"What of rule {number}?"],
+                 "left": "Yes, it helps people.", "right": "No, it costs people too much."}
+            )  # fmt: skip
+        lines.append(
+            {"kind": "choice", "id": f"c-{number}", "topic": f"f{number}", "prompt": f"After {number} comes",
+             "options": [f" {number + 1}", f" {number + 2}"], "answer": 0}
+        )  # fmt: skip
+        lines.append(
+            {"kind": "passage", "id": f"x-{number}", "topic": f"x{number}", "text": f"Water boils at {number} degrees."}
+        )
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
+    return tiny_models.make_adapter(tmp_path / "adapter", tiny_llama, seed=1)
+
+
+def measured(base: Path, instrument: Path, output: Path, adapter: Path | None = None, **given: Any) -> MeasureReport:
+    return measure.measure(
+        str(base), adapter=adapter, instrument_names=[str(instrument)], output=output, offline=True, say=silent, **given
+    )
+
+
+def test_both_states_are_asked_the_same(tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path) -> None:
+    report = measured(tiny_llama, instrument, tmp_path / "m", adapter)
+    found = rows.read(tmp_path / "m" / "rows.jsonl")
+    plain = [row for row in found if row.persona == "none"]
+    before, after = ([row for row in plain if row.state == state] for state in ("base", "tuned"))
+    # 30 pairs x 2 sides x 2 wordings x 2 templates x 2 orders, 30 texts x 2 wordings, 10 choices, 10 passages
+    assert len(before) == len(after) == 480 + 60 + 10 + 10
+    assert [row.item for row in before] == [row.item for row in after]
+    assert any(one.log_probs != two.log_probs for one, two in zip(before, after, strict=True))
+    assert {row.state for row in found if row.persona != "none"} == {"base"}
+    assert all(math.isfinite(value) and value < 0 for row in found for value in row.log_probs)
+    assert {each.part.form for each in report.parts} == {"texts", "statements"}
+    result = report.parts[0]
+    assert result.shift is not None
+    assert result.verdict is not None
+    assert {each.name for each in report.guards} == {"facts and arithmetic right", "surprise at neutral prose"}
+    assert report.headline.startswith(result.verdict.word)
+
+
+def test_an_adapter_that_does_nothing_moves_nothing(tiny_llama: Path, instrument: Path, tmp_path: Path) -> None:
+    """The control of every other figure: the same model in both states."""
+    still = tiny_models.make_adapter(tmp_path / "still", tiny_llama, seed=1, std=0.0)
+    for result in measured(tiny_llama, instrument, tmp_path / "m", still, preset="quick").parts:
+        assert result.shift is not None
+        political = result.shift.of(POLITICAL)
+        assert political is not None
+        assert (political.shift.mean, political.shift.low, political.shift.high, political.shift.p) == (
+            0.0,
+            0.0,
+            0.0,
+            1.0,
+        )
+
+
+def test_a_killed_measurement_goes_on_to_the_same_report(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
+) -> None:
+    measured(tiny_llama, instrument, tmp_path / "whole", adapter)
+    whole = (tmp_path / "whole" / "report.json").read_text()
+    content = (tmp_path / "whole" / "rows.jsonl").read_bytes()
+    for share in (0.0, 0.3, 0.75, 0.999):
+        place = tmp_path / f"cut-{share}"
+        shutil.copytree(tmp_path / "whole", place)
+        (place / "report.json").unlink()
+        (place / "rows.jsonl").write_bytes(content[: int(len(content) * share)])
+        measured(tiny_llama, instrument, place, adapter)
+        assert (place / "report.json").read_text() == whole
+        assert (place / "rows.jsonl").read_bytes() == content
+
+
+def test_the_report_is_computed_again_from_its_rows(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
+) -> None:
+    report = measured(tiny_llama, instrument, tmp_path / "m", adapter)
+    assert to_json(summarise(*measure.read(tmp_path / "m"))) == to_json(report)
+
+
+def test_another_measurement_is_not_written_over(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
+) -> None:
+    measured(tiny_llama, instrument, tmp_path / "m", preset="quick")
+    with pytest.raises(OutputError, match="another measurement") as refused:
+        measured(tiny_llama, instrument, tmp_path / "m", adapter, preset="quick")
+    assert "adapter" in str(refused.value.why)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        measured(tiny_llama, instrument, tmp_path / "used", preset="quick")
+
+
+def test_tuned_models_are_compared_with_one_base(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
+) -> None:
+    second = tiny_models.make_adapter(tmp_path / "second", tiny_llama, seed=2)
+    whole = measured(tiny_llama, instrument, tmp_path / "one", adapter, preset="quick")
+    measured(tiny_llama, instrument, tmp_path / "two", second, preset="quick")
+    found = compare.compare(
+        tmp_path / "one", [tmp_path / "one", tmp_path / "two"], control=tmp_path / "two", output=tmp_path / "c"
+    )
+    result = found.parts[0]
+    assert result.part == whole.parts[0].part
+    assert result.runs[0].shift == whole.parts[0].shift
+    assert all(effect.mean == 0 for effect in result.runs[1].beyond_control.values())
+    assert result.over_seeds == {}, "adapters without a run's papers share no recipe"
+    with pytest.raises(DataError, match="given twice"):
+        compare.compare(tmp_path / "one", [tmp_path / "one", tmp_path / "one"], control=None, output=tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "report.json").read_text())["report"] == "CompareReport"
+    assert (tmp_path / "c" / "report.html").exists()
+
+
+def test_what_must_not_be_compared_is_refused_by_name(
+    tiny_llama: Path, tiny_mistral: Path, adapter: Path, instrument: Path, tmp_path: Path
+) -> None:
+    measured(tiny_llama, instrument, tmp_path / "base", preset="quick")
+    for name, given in {"dtype": {"dtype": "bfloat16"}, "preset": {"preset": "standard"}}.items():
+        measured(tiny_llama, instrument, tmp_path / name, adapter, **{"preset": "quick", **given})
+        with pytest.raises(DataError, match="must not be compared") as refused:
+            compare.compare(tmp_path / "base", [tmp_path / name], control=None, output=tmp_path / "c")
+        assert str(refused.value.why).startswith(name)
+    other = tiny_models.make_adapter(tmp_path / "other", tiny_mistral, seed=1)
+    measured(tiny_mistral, instrument, tmp_path / "mistral", other, preset="quick")
+    with pytest.raises(DataError, match="tuned from another one"):
+        compare.compare(tmp_path / "base", [tmp_path / "mistral"], control=None, output=tmp_path / "c")
+    with pytest.raises(DataError, match="no rows of a tuned model"):
+        compare.compare(tmp_path / "base", [tmp_path / "base"], control=None, output=tmp_path / "c")
+    with pytest.raises(DataError, match="holds no measurement"):
+        compare.compare(tmp_path, [tmp_path], control=None, output=tmp_path / "c")
+
+
+def test_what_is_measured_is_said_by_its_path(tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:
+    assert measure.subject(str(tiny_llama), None).adapter is None
+    assert measure.subject(str(tiny_llama), adapter).base.model_name_or_path == str(tiny_llama)
+    assert measure.subject(str(tiny_llama), adapter).states == ("base", "tuned")
+    with pytest.raises(ConfigError, match="holds an adapter already"):
+        measure.subject(str(adapter), adapter)
+    with pytest.raises(ModelError, match="there is no directory"):
+        measure.subject(str(tiny_llama), tmp_path / "nowhere")
+
+
+def test_askers_are_told_apart(tiny_llama: Path, instrument: Path, tmp_path: Path) -> None:
+    measured(tiny_llama, instrument, tmp_path / "m", preset="quick", askers=("none", "left", "right"))
+    found = rows.read(tmp_path / "m" / "rows.jsonl")
+    of_asker = {
+        name: [row for row in found if row.asker == name and row.persona == "none"]
+        for name in ("none", "left", "right")
+    }
+    assert len(of_asker["left"]) == len(of_asker["right"]) == len(of_asker["none"]) - 2 * ITEMS
+    assert of_asker["left"][0].log_probs != of_asker["right"][0].log_probs
+
+
+def test_a_run_measures_itself_and_its_adapter_is_the_same(
+    tiny_llama: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "DEFAULT_INSTRUMENTS", (str(instrument),))
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 8)
+    plain = train(resolve("dpo", tiny_llama, pairs, tmp_path / "plain"))
+    resolved = resolve("dpo", tiny_llama, pairs, tmp_path / "measured")
+    report = train(resolved, measure=True)
+    assert plain.measurement is None
+    assert report.measurement is not None
+    assert adapter_hash(tmp_path / "plain") == adapter_hash(tmp_path / "measured")
+    verdict = report.measurement.parts[0].verdict
+    assert verdict is not None
+    card = (tmp_path / "measured" / "adapter" / "README.md").read_text()
+    assert verdict.sentence in card
+    assert "Not evaluated" in (tmp_path / "plain" / "adapter" / "README.md").read_text()
+    assert verdict.word in (tmp_path / "measured" / "report.html").read_text()
+    assert json.loads(to_json(report))["measurement"]["rows"] == report.measurement.rows
+    again = train(resolved, resume=True, measure=True)
+    assert again.steps_done_now == 0
+    assert to_json(again.measurement) == to_json(report.measurement)  # type: ignore[arg-type]
