@@ -8,13 +8,13 @@ import math
 from dataclasses import dataclass
 
 from politune.config import DpoRun, Run
-from politune.plan.memory import MOST_CPU_KERNELS, MemoryNeed, memory_need
+from politune.plan.memory import ATTENTION_BLOCK, MOST_CPU_KERNELS, MemoryNeed, memory_need
 from politune.plan.shapes import DataShape, ModelShape
 
 PAYING_TOKENS = 2048
 """Larger calls are not faster on a CPU; on a GPU this is assumed, not measured."""
-SHAPES_PER_SEGMENT = 4
-"""Products of attention's backward pass (`training.attention`), for every length of a completion and its prompt."""
+SHAPES_PER_BLOCK = 4
+"""Products of attention's backward pass (`training.attention`), for every length of a block and what it sees."""
 SHAPES_PER_CALL = 26
 """Products with the four shapes of projections and their adapters, for every number of tokens."""
 STEP_TOKENS = 256
@@ -126,9 +126,11 @@ class Calls:
         """Different shapes of matrix products in the run; 1,024 stands for more than are kept."""
         if math.isinf(self.rows.rows):
             return MOST_CPU_KERNELS
-        segments = self.rows.rows * (2 if self.run.method == "dpo" else 1)
+        sides = 2 if self.run.method == "dpo" else 1
+        # Attention cuts a segment into blocks of queries, the last of which is as long as it happens to be.
+        blocks = self.rows.rows * sides * max(1.0, self.rows.mean / sides / ATTENTION_BLOCK + 0.5)
         calls = self.rows.rows * self.rows.mean * self.run.train.num_train_epochs / self.tokens(limit)
-        return min(MOST_CPU_KERNELS, round(SHAPES_PER_SEGMENT * segments + SHAPES_PER_CALL * calls))
+        return min(MOST_CPU_KERNELS, round(SHAPES_PER_BLOCK * blocks + SHAPES_PER_CALL * calls))
 
     def limit(self, shape: ModelShape | None, sequence_tokens: int, available_bytes: int | None) -> int:
         """The limit that was asked for, else as large as pays, halved until it fits.
