@@ -157,7 +157,7 @@ def _shift_sections(found: PartResult, shift: Shift) -> list[Section]:
     intervals = tuple((each.axis, each.shift.mean, each.shift.low, each.shift.high) for each in shift.axes)
     sections: list[Section] = [
         Table(f"{found.part}: shift, left is negative and right positive", columns, rows, _specificity(shift)),
-        Intervals(f"{found.part}: shift by axis", intervals, f"{found.part.unit}, left is negative"),
+        Intervals(f"{found.part}: shift by axis", intervals, f"{found.part.unit}, left < 0"),
     ]
     if found.verdict:
         return [Facts(str(found.part), (("verdict", found.verdict.word), ("", found.verdict.sentence))), *sections]
