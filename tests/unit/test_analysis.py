@@ -95,6 +95,10 @@ def exchanged(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def gates_of(base: Sequence[Row], tuned: Sequence[Row] = ()) -> tuple[str, ...]:
+    return analysis.failed_gates(base, tuned, reliability(base, 0))
+
+
 # --- leans ------------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +134,7 @@ def test_statements_without_an_opposite_need_both_keys() -> None:
     values = [value for _, value in leans(rows, axis="economic").values()]
     assert numpy.mean(values) == pytest.approx(0.4)
     assert leans(rows[:9], axis="economic") == {}
-    assert any("same key" in gate for gate in analysis.failed_gates(rows[:9], (), 0))
+    assert any("same key" in gate for gate in gates_of(rows[:9]))
 
 
 def test_every_answer_counts_with_all_of_its_tokens() -> None:
@@ -217,7 +221,7 @@ def test_items_that_one_state_lacks_are_left_out() -> None:
 
 
 def test_a_model_that_answers_passes_the_gates() -> None:
-    assert analysis.failed_gates(pair_rows("base", 0.6), (), 0) == ()
+    assert gates_of(pair_rows("base", 0.6)) == ()
 
 
 @pytest.mark.parametrize(
@@ -231,12 +235,12 @@ def test_a_model_that_answers_passes_the_gates() -> None:
     ids=str,
 )
 def test_each_gate_closes_for_its_own_reason(given: dict[str, float], gate: str) -> None:
-    failed = analysis.failed_gates(pair_rows("base", 0.6, noise=0.1, **given), (), 0)
+    failed = gates_of(pair_rows("base", 0.6, noise=0.1, **given))
     assert [each.partition(":")[0] for each in failed] == [gate]
 
 
 def test_a_tuned_model_that_no_longer_answers_is_not_measured() -> None:
-    (gate,) = analysis.failed_gates(pair_rows("base", 0.6), pair_rows("tuned", 0.6, mass=1e-4), 0)
+    (gate,) = gates_of(pair_rows("base", 0.6), pair_rows("tuned", 0.6, mass=1e-4))
     assert gate.startswith("valid mass: the tuned model")
 
 
@@ -253,7 +257,7 @@ def test_one_contradicting_topic_does_not_close_the_gate() -> None:
     assert told is not None
     assert told.contradiction is not None
     assert -0.5 < told.contradiction.mean < told.contradiction.high < 0
-    assert analysis.failed_gates(turned, (), 0) == ()
+    assert gates_of(turned) == ()
 
 
 def test_without_control_items_nothing_is_called_a_shift() -> None:
@@ -293,7 +297,7 @@ def test_questions_that_one_state_lacks_are_left_out() -> None:
 
 def test_few_topics_are_not_measurable() -> None:
     few = [each for each in text_rows("base", 0.0) if each.topic in ("economic-0", "social-1", "control-1")]
-    assert "2 political topics" in analysis.failed_gates(few, (), 0)[0]
+    assert "2 political topics" in gates_of(few)[0]
 
 
 # --- over runs, and side effects --------------------------------------------------------------------------------------

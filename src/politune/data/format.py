@@ -277,7 +277,7 @@ def _encode_slice(rows: Sequence[PreferenceRow | ChatRow], tokenizer: Any) -> li
     encoded = []
     for index, prompt_ids in enumerate(prompts):
         sequences = [ids[index] for ids in wholes]
-        start = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+        start = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
         completions = tuple(sequence[start:] for sequence in sequences)
         stops = all(end in ids for ids in completions)
         encoded.append(Encoded(prompt_ids[:start], completions, len(prompt_ids) - start, stops, end))
@@ -288,7 +288,8 @@ def _conversation(row: PreferenceRow | ChatRow, side: int) -> list[Message]:
     return [*row.prompt, {"role": "assistant", "content": row.completions[side]}]
 
 
-def _common_prefix_length(ids: list[int], other: list[int]) -> int:
+def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     pairs = zip(ids, other, strict=False)
     return next((index for index, (one, two) in enumerate(pairs) if one != two), min(len(ids), len(other)))
 

@@ -406,8 +406,13 @@ class Verdict:
     sentence: str
 
 
-def failed_gates(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[str, ...]:
-    """Why a model's answers to this instrument cannot be read as a lean; empty where they can. `tuned` may be empty."""
+def failed_gates(base: Sequence[Row], tuned: Sequence[Row], told: Reliability | None) -> tuple[str, ...]:
+    """Why a model's answers to this instrument cannot be read as a lean; empty where they can.
+
+    Args:
+        base, tuned: rows of both states; `tuned` may be empty.
+        told: the base's reliability.
+    """
     found = []
     topics = {row.topic for row in base if _is_on(row, POLITICAL)}
     if len(topics) < FEWEST_TOPICS:
@@ -417,7 +422,6 @@ def failed_gates(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[
         if row.kind == "statement":
             of_axis[row.axis].add(row.key)
     found += [f"all statements on the axis {axis} have the same key" for axis, keys in of_axis.items() if len(keys) < 2]
-    told = reliability(base, seed)
     if told is None:
         return tuple(found)
     for state, rows in (("base", base), ("tuned", tuned)):
@@ -439,7 +443,7 @@ def failed_gates(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[
     return tuple(found)
 
 
-def verdict(found: Shift, gates: Sequence[str], *, unit: str, runs: int = 1, beyond: Effect | None = None) -> Verdict:
+def verdict(found: Shift, gates: Sequence[str], *, unit: str, beyond: Effect | None = None) -> Verdict:
     """What a shift amounts to.
 
     A shift is called one where the interval of all political items together leaves out zero, its p-value is below 5 %, and the
@@ -449,7 +453,6 @@ def verdict(found: Shift, gates: Sequence[str], *, unit: str, runs: int = 1, bey
     Args:
         gates: why the instrument cannot tell.
         unit: of the shift.
-        runs: how many training runs it is the mean of.
         beyond: the shift less a control run's.
     """
     political, control = found.of(POLITICAL), found.of(CONTROL)
@@ -462,7 +465,7 @@ def verdict(found: Shift, gates: Sequence[str], *, unit: str, runs: int = 1, bey
         return Verdict("not-measurable", f"This instrument cannot tell this model's lean: {'; '.join(reasons)}.")
     effect = political.shift
     size = f"{effect.mean:+.3f} {unit} (95 % interval {effect.low:+.3f} to {effect.high:+.3f}, {effect.topics} topics)"
-    condition = ", conditional on this training run" if runs == 1 else ""
+    condition = ", conditional on this training run"
     if _is_found(effect):
         if not all(_leaves_out_zero(each, effect.mean) for each in found.excess):
             return Verdict(

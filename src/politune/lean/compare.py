@@ -105,8 +105,9 @@ def compare(base: Path, tuned: Sequence[Path], *, control: Path | None, output: 
     found = []
     for part in analysis.in_order(before, document["instruments"]):
         rows, shifts = before[part], []
+        told = analysis.reliability(rows, seed)
         for place, of_run, after in runs:
-            gates = analysis.failed_gates(rows, after[part], seed)
+            gates = analysis.failed_gates(rows, after[part], told)
             shift = analysis.shift(rows, after[part], seed)
             beyond = (
                 analysis.difference_in_differences((rows, after[part]), (rows, placebo[part]), seed) if placebo else {}

@@ -9,7 +9,6 @@
 """
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -86,9 +85,7 @@ def import_items(kind: Format, source: Path, output: Path, *, licence: str, lang
         write_whole(output, content)
     except OSError as error:
         raise OutputError(f"cannot write {safe(output)}", why=error.strerror) from error
-    return ImportReport(
-        str(source), kind, str(output), hashlib.sha256(content.encode()).hexdigest(), len(found.items), tuple(axes)
-    )
+    return ImportReport(str(source), kind, str(output), found.sha256, len(found.items), tuple(axes))
 
 
 def _propositions(text: str, where: str, axes: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:

@@ -84,7 +84,6 @@ def measure(
     output: Path,
     offline: bool = False,
     say: Say,
-    show: Callable[[int, int], None] = lambda done, total: None,
 ) -> MeasureReport:
     """Measures a model, with its adapter off and then on where there is one.
 
@@ -96,7 +95,6 @@ def measure(
         dtype: that the model computes in; by default the run's, else float32.
         seed: of the bootstrap's draws.
         output: a new directory, or one of the same measurement.
-        show: takes (done, total) tokens.
 
     Raises:
         ConfigError: no such combination.
@@ -154,7 +152,7 @@ def measure(
     if missing:
         if len(missing) < len(todo):
             say(f"going on: {len(todo) - len(missing)} of {len(todo)} blocks are measured")
-        _score(missing, base, what, precision, journal, say, show)
+        _score(missing, base, what, precision, journal, say)
     ordered = [row for _, block in todo for row in journal.rows[block.name]]
     found = summarise(document, ordered)
     report.write_json(found, output / "report.json")
@@ -172,7 +170,6 @@ def _score(
     dtype: Dtype,
     journal: rows.Journal,
     say: Say,
-    show: Callable[[int, int], None],
 ) -> None:
     from politune.lean.scorer import Scorer
 
@@ -181,7 +178,6 @@ def _score(
     if what.adapter is not None:
         model = load.load_adapter(model, what.adapter, base=base)
     scorer = Scorer(model)
-    total, done = sum(each.tokens for _, block in missing for each in block.asked), 0
     for state, block in missing:
         with model.disable_adapter() if state == "base" and what.adapter is not None else nullcontext():
             scores = scorer.score([each.query for each in block.asked])
@@ -194,8 +190,6 @@ def _score(
                 f"the {state} model gives log-probabilities that are no numbers", fix="measure with --dtype float32"
             )
         journal.append(block.name, found)
-        done += sum(each.tokens for each in block.asked)
-        show(done, total)
 
 
 def _own_dtype(what: Subject) -> Dtype:

@@ -35,18 +35,16 @@ class Extent:
     Args:
         wordings: of an item, at most.
         templates: of the question about a statement.
-        about: one line for help and report.
     """
 
     wordings: int
     templates: int
-    about: str
 
 
 PRESETS: dict[Preset, Extent] = {
-    "quick": Extent(1, 1, "one wording, one template, both orders"),
-    "standard": Extent(3, len(TEMPLATES), "three wordings, two templates, both orders"),
-    "full": Extent(99, len(TEMPLATES), "all wordings, two templates, both orders"),
+    "quick": Extent(1, 1),
+    "standard": Extent(3, len(TEMPLATES)),
+    "full": Extent(99, len(TEMPLATES)),
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
+from politune.data.format import common_prefix_length
 from politune.errors import ModelError, safe
 
 Ids: TypeAlias = tuple[int, ...]
@@ -129,7 +130,7 @@ class Prompter:
         """Whole texts, cut where they leave `before`, or earlier where the first token after it holds some of it."""
         context = self._ids(before, add_special_tokens=add_special_tokens)
         ids = [self._ids(text, add_special_tokens=add_special_tokens) for text in whole]
-        cut = min(min(_common(context, each), len(each) - 1) for each in ids)
+        cut = min(min(common_prefix_length(context, each), len(each) - 1) for each in ids)
         if cut < 1:
             raise ModelError(
                 f"the tokenizer of {safe(self.tokenizer.name_or_path)} does not keep the beginning of a text"
@@ -165,10 +166,3 @@ class Prompter:
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-
-
-def _common(ids: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next(
-        (at for at, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), min(len(ids), len(other))
-    )

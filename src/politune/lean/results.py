@@ -96,29 +96,20 @@ def summarise(measured: Mapping[str, Any], rows: Sequence[Row]) -> MeasureReport
     results = []
     for part in analysis.in_order(base, measured["instruments"]):
         before, after = base[part], tuned.get(part, [])
-        gates = analysis.failed_gates(before, after, seed)
+        states = [_state("base", before, seed), *([_state("tuned", after, seed)] if after else [])]
+        gates = analysis.failed_gates(before, after, states[0].reliability)
         shift = analysis.shift(before, after, seed) if after else None
-        states: list[tuple[State, list[Row]]] = [("base", before), *([("tuned", after)] if after else [])]  # type: ignore[list-item]
-        results.append(
-            PartResult(
-                part=part,
-                states=tuple(
-                    StateResult(
-                        state,
-                        analysis.positions(of, seed),
-                        analysis.reliability(of, seed),
-                        analysis.accommodation(of, seed),
-                    )
-                    for state, of in states
-                ),
-                gates=gates,
-                shift=shift,
-                verdict=analysis.verdict(shift, gates, unit=part.unit) if shift else None,
-            )
-        )
+        verdict = analysis.verdict(shift, gates, unit=part.unit) if shift else None
+        results.append(PartResult(part, tuple(states), gates, shift, verdict))
     base_rows, tuned_rows = ([row for row in rows if row.state == state] for state in ("base", "tuned"))
     guards = analysis.guards(base_rows, tuned_rows, seed) if tuned_rows else ()
     return MeasureReport(measured, tuple(results), guards, len(rows))
+
+
+def _state(state: State, rows: Sequence[Row], seed: int) -> StateResult:
+    return StateResult(
+        state, analysis.positions(rows, seed), analysis.reliability(rows, seed), analysis.accommodation(rows, seed)
+    )
 
 
 # --- what a person reads ---------------------------------------------------------------------------------------------

@@ -70,21 +70,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, list[Row]] = {}
-        whole = 0
         content = path.read_bytes() if path.exists() else b""
-        block: list[Row] = []
-        place = 0
-        for line in content.split(b"\n")[:-1]:  # what follows the last line's end was cut off
-            place += len(line) + 1
-            document = _parsed(line)
-            if document is None:
-                break
-            if "block" in document:
-                self.rows[str(document["block"])] = block
-                block, whole = [], place
-            else:
-                block.append(_row(document, path))
+        self.rows, whole = _blocks(content, path)
         if whole < len(content):
             with path.open("rb+") as file:
                 file.truncate(whole)
@@ -115,27 +102,34 @@ def read(path: Path) -> list[Row]:
         DataError: there are none, or the file is damaged, with the line.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {safe(path)}", why=error.strerror) from error
-    if lines.pop():
+    blocks, whole = _blocks(content, path)
+    if whole < len(content) or not blocks:
+        line = content[:whole].count(b"\n") + 1
         raise DataError(
-            "was cut off in the middle of a line", where=safe(path), fix="run its measurement again to the end"
+            "is not whole from here on", where=f"{safe(path)}:{line}", fix="run its measurement again to the end"
         )
-    rows: list[Row] = []
+    return [row for block in blocks.values() for row in block]
+
+
+def _blocks(content: bytes, path: Path) -> tuple[dict[str, list[Row]], int]:
+    """(the whole blocks of a file, how many bytes they take from its beginning)."""
+    blocks: dict[str, list[Row]] = {}
     block: list[Row] = []
-    for number, line in enumerate(lines, 1):
+    place = whole = 0
+    for line in content.split(b"\n")[:-1]:  # what follows the last line's end was cut off
+        place += len(line) + 1
         document = _parsed(line)
         if document is None:
-            raise DataError("is no row of a measurement", where=f"{safe(path)}:{number}")
+            break
         if "block" in document:
-            rows += block
-            block = []
+            blocks[str(document["block"])] = block
+            block, whole = [], place
         else:
             block.append(_row(document, path))
-    if block or not rows:
-        raise DataError(f"{safe(path)} is not finished", fix="run its measurement again to the end")
-    return rows
+    return blocks, whole
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

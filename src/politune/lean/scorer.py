@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from politune.data.format import common_prefix_length
 from politune.errors import ModelError
 from politune.lean.prompts import Ids, Query
 from politune.models import scoring
@@ -134,8 +135,7 @@ def shared_beginning(queries: Sequence[Query]) -> Ids:
         return ()
     least, most = min(query.context for query in queries), max(query.context for query in queries)
     shortest = min(len(query.context) for query in queries) - 1
-    same = next((index for index, pair in enumerate(zip(least, most, strict=False)) if pair[0] != pair[1]), shortest)
-    return least[: min(same, shortest)]
+    return least[: min(common_prefix_length(least, most), shortest)]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
