@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Tune a model: dpo (preferences) or sft (completions).")
 presets_app = typer.Typer(help="List, show, check and export presets.")
-instruments_app = typer.Typer(help="List, show and check the items that a model's lean is measured with.")
+instruments_app = typer.Typer(help="List, show, check and import the items that a model's lean is measured with.")
 app.add_typer(train_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")]
