@@ -22,9 +22,6 @@ from politune.errors import ConfigError, DataError, MachineError, OutputError, P
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
 
-_MORE = "More"
-
-
 app = typer.Typer(
     name="politune",
     help="Political preference tuning of language models, as a research instrument: it takes no side and says what was done.",
@@ -428,6 +425,35 @@ def compare_command(
     report.show(compare.compare(base, tuned, control=control, output=output), as_json=json)
 
 
+@app.command("study")
+def study_command(
+    study: Annotated[str, typer.Argument(help="A study's file, or `demo`.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The study's directory (default: outputs/ and its name).")
+    ] = None,
+    run: Annotated[
+        int | None, typer.Option("--run", metavar="N", help="Do one run only, numbered from 0: for array jobs.")
+    ] = None,
+    print_slurm: Annotated[
+        bool, typer.Option("--print-slurm", help="Print the study as a Slurm array job, and do nothing else.")
+    ] = False,
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train and measure every arm with every seed, whatever of it is missing, and compare them in one report."""
+    from politune.study import run as studies
+
+    place = output or Path("outputs") / f"study-{Path(study).stem}"
+    if print_slurm:
+        typer.echo(studies.slurm_script(study, place, offline=offline), nl=False)
+        return
+    result = studies.study(study, place, only=run, offline=offline, quiet=quiet, say=_say(quiet))
+    report.show(result, as_json=json)
+    if result.failures:
+        raise typer.Exit(result.failures[0].exit_code)
+
+
 @instruments_app.callback(invoke_without_command=True)
 def instruments_command(context: typer.Context) -> None:
     """List the instruments (same as `politune instruments list`)."""
@@ -497,20 +523,49 @@ def instruments_import(
 app.add_typer(instruments_app, name="instruments")
 
 
-@app.command("ask", rich_help_panel=_MORE)
+@app.command("ask")
 def ask_command(
-    path: Annotated[Path, typer.Argument(help="A run directory.")],
+    model: Annotated[
+        str, typer.Argument(help="A run directory, an adapter, a checkpoint's directory, a Hub id, or `demo`.")
+    ],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter of MODEL: both are asked.")] = None,
     question: Annotated[list[str] | None, typer.Option("--question", help="A question; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 80,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="An instrument with open requests, such as politune-open.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each, where they are drawn.")] = 1,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: the likeliest words; above it they are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 96,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A new directory of answers.jsonl and the report (default: only shown)."),
+    ] = None,
     offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Ask the base and the tuned model the same questions and show both answers."""
-    with _stdout_reserved():
-        from politune.models import ask
+    from politune.training.signals import caught
 
-        result = ask.ask(path, tuple(question or ()), max_new_tokens=max_new_tokens, offline=offline, say=_say(quiet))
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
+        from politune.lean import ask
+
+        result = ask.ask(
+            model,
+            adapter=adapter,
+            questions=tuple(question or ()),
+            prompts=prompts,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            output=output,
+            offline=offline,
+            say=_say(quiet),
+        )
     report.show(result, as_json=json)
 
 

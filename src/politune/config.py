@@ -282,6 +282,8 @@ class TrackingSpec(_Spec):
     """Name of the run on Weights & Biases (default: the output directory's name)."""
     to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
     """Trackers: `tensorboard`, `wandb`."""
+    measure_every: Annotated[int, because("0 measures nothing on the way", ge=0)] = 0
+    """Measure the lean every so many optimizer steps, for the log and the trackers (0: not during training)."""
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from politune.errors import ConfigError, DataError, ModelError, OutputError
-from politune.lean import compare, measure, plan, rows, statistics
+from politune.lean import compare, measure, midway, plan, respondent, rows, statistics
 from politune.lean.analysis import POLITICAL
 from politune.lean.results import MeasureReport, summarise
+from politune.models import tuned
 from politune.report import to_json
 from tiny import tiny_models
 from tiny.test_train import adapter_hash, resolve, train, write_pairs
@@ -24,7 +25,8 @@ def silent(line: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(statistics, "DRAWS", 199)
     monkeypatch.setattr(plan, "BLOCK_TOKENS", 600)
 
@@ -54,6 +56,14 @@ def instrument(tmp_path: Path) -> Path:
              "options": [f" {number + 1}", f" {number + 2}"], "answer": 0}
         )  # fmt: skip
         lines.append(
+            {"kind": "open", "id": f"o-{number}", "topic": f"o{number}", "axis": "social", "task": "explain",
+             "prompt": f"Explain rule {number}."}
+        )  # fmt: skip
+        lines.append(
+            {"kind": "request", "id": f"r-{number}", "topic": f"r{number}", "axis": "social",
+             "left": f"Write for rule {number}.", "right": f"Write against rule {number}."}
+        )  # fmt: skip
+        lines.append(
             {"kind": "passage", "id": f"x-{number}", "topic": f"x{number}", "text": f"Water boils at {number} degrees."}
         )
     path = tmp_path / "small.jsonl"
@@ -72,10 +82,15 @@ def measured(base: Path, instrument: Path, output: Path, adapter: Path | None = 
     )
 
 
+def rows_of(directory: Path) -> list[rows.Row]:
+    return measure.read(directory)[1]
+
+
 def test_both_states_are_asked_the_same(tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path) -> None:
     report = measured(tiny_llama, instrument, tmp_path / "m", adapter)
-    found = rows.read(tmp_path / "m" / "rows.jsonl")
-    plain = [row for row in found if row.persona == "none"]
+    found = rows_of(tmp_path / "m")
+    aside = ("check", "divergence")
+    plain = [row for row in found if row.persona == "none" and row.kind not in aside]
     before, after = ([row for row in plain if row.state == state] for state in ("base", "tuned"))
     # 30 pairs x 2 sides x 2 wordings x 2 templates x 2 orders, 30 texts x 2 wordings, 10 choices, 10 passages
     assert len(before) == len(after) == 480 + 60 + 10 + 10
@@ -83,11 +98,21 @@ def test_both_states_are_asked_the_same(tiny_llama: Path, adapter: Path, instrum
     assert any(one.log_probs != two.log_probs for one, two in zip(before, after, strict=True))
     assert {row.state for row in found if row.persona != "none"} == {"base"}
     assert all(math.isfinite(value) and value < 0 for row in found for value in row.log_probs)
+    checks, divergences = ([row for row in found if row.kind == kind] for kind in aside)
+    assert [row.question for row in checks if row.state == "base"] == [
+        row.question for row in checks if row.state == "tuned"
+    ]
+    assert all(row.text and not row.log_probs for row in checks)
+    assert {row.state for row in divergences} == {"tuned"}
+    assert all(row.kl is not None and row.kl > 0 for row in divergences)
     assert {each.part.form for each in report.parts} == {"texts", "statements"}
     result = report.parts[0]
     assert result.shift is not None
     assert result.verdict is not None
-    assert {each.name for each in report.guards} == {"facts and arithmetic right", "surprise at neutral prose"}
+    assert {each.name for each in report.guards} == {
+        "facts and arithmetic right", "surprise at neutral prose", "divergence of the next token, political questions",
+        "divergence of the next token, control questions",
+    }  # fmt: skip
     assert report.headline.startswith(result.verdict.word)
 
 
@@ -98,18 +123,16 @@ def test_an_adapter_that_does_nothing_moves_nothing(tiny_llama: Path, instrument
         assert result.shift is not None
         political = result.shift.of(POLITICAL)
         assert political is not None
-        assert (political.shift.mean, political.shift.low, political.shift.high, political.shift.p) == (
-            0.0,
-            0.0,
-            0.0,
-            1.0,
-        )
+        assert (political.shift.mean, political.shift.low, political.shift.high, political.shift.p) == (0, 0, 0, 1)
+    assert {row.kl for row in rows_of(tmp_path / "m") if row.kind == "divergence"} == {0.0}
 
 
 def test_a_killed_measurement_goes_on_to_the_same_report(
-    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured(tiny_llama, instrument, tmp_path / "whole", adapter)
+    (tmp_path / "file").write_text("no cache can be here")
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "file" / "cache"))
+    measured(tiny_llama, instrument, tmp_path / "whole", adapter, preset="quick")
     whole = (tmp_path / "whole" / "report.json").read_text()
     content = (tmp_path / "whole" / "rows.jsonl").read_bytes()
     for share in (0.0, 0.3, 0.75, 0.999):
@@ -117,15 +140,42 @@ def test_a_killed_measurement_goes_on_to_the_same_report(
         shutil.copytree(tmp_path / "whole", place)
         (place / "report.json").unlink()
         (place / "rows.jsonl").write_bytes(content[: int(len(content) * share)])
-        measured(tiny_llama, instrument, place, adapter)
+        measured(tiny_llama, instrument, place, adapter, preset="quick")
         assert (place / "report.json").read_text() == whole
         assert (place / "rows.jsonl").read_bytes() == content
+
+
+def test_the_bases_rows_are_kept_for_its_next_adapter(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(tiny_llama, instrument, tmp_path / "one", adapter, preset="quick")
+    asked = []
+    original = respondent.Respondent.answer
+
+    def answer(self: respondent.Respondent, state: rows.State, block: plan.Block) -> list[rows.Row]:
+        asked.append(state)
+        return original(self, state, block)
+
+    monkeypatch.setattr(respondent.Respondent, "answer", answer)
+    second = tiny_models.make_adapter(tmp_path / "second", tiny_llama, seed=2)
+    measured(tiny_llama, instrument, tmp_path / "two", second, preset="quick")
+    assert set(asked) == {"tuned"}
+    kept, again = ([row for row in rows_of(tmp_path / name) if row.state == "base"] for name in ("one", "two"))
+    assert kept == again
+    asked.clear()
+    measured(tiny_llama, instrument, tmp_path / "three", second, preset="quick", dtype="bfloat16")
+    assert set(asked) == {"base", "tuned"}, "another number format is another base"
+    asked.clear()
+    for path in (tmp_path / "cache").rglob("*.jsonl"):
+        path.write_bytes(path.read_bytes()[:-100])
+    measured(tiny_llama, instrument, tmp_path / "four", adapter, preset="quick")
+    assert set(asked) == {"base", "tuned"}, "a damaged file is measured again"
 
 
 def test_the_report_is_computed_again_from_its_rows(
     tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
 ) -> None:
-    report = measured(tiny_llama, instrument, tmp_path / "m", adapter)
+    report = measured(tiny_llama, instrument, tmp_path / "m", adapter, preset="full")
     assert to_json(summarise(*measure.read(tmp_path / "m"))) == to_json(report)
 
 
@@ -182,23 +232,22 @@ def test_what_must_not_be_compared_is_refused_by_name(
 
 
 def test_what_is_measured_is_said_by_its_path(tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:
-    assert measure.subject(str(tiny_llama), None).adapter is None
-    assert measure.subject(str(tiny_llama), adapter).base.model_name_or_path == str(tiny_llama)
-    assert measure.subject(str(tiny_llama), adapter).states == ("base", "tuned")
+    assert tuned.subject(str(tiny_llama)).adapter is None
+    assert tuned.subject(str(tiny_llama), adapter).base.model_name_or_path == str(tiny_llama)
     with pytest.raises(ConfigError, match="holds an adapter already"):
-        measure.subject(str(adapter), adapter)
+        tuned.subject(str(adapter), adapter)
     with pytest.raises(ModelError, match="there is no directory"):
-        measure.subject(str(tiny_llama), tmp_path / "nowhere")
+        tuned.subject(str(tiny_llama), tmp_path / "nowhere")
 
 
 def test_askers_are_told_apart(tiny_llama: Path, instrument: Path, tmp_path: Path) -> None:
     measured(tiny_llama, instrument, tmp_path / "m", preset="quick", askers=("none", "left", "right"))
-    found = rows.read(tmp_path / "m" / "rows.jsonl")
+    found = rows_of(tmp_path / "m")
     of_asker = {
-        name: [row for row in found if row.asker == name and row.persona == "none"]
+        name: [row for row in found if row.asker == name and row.persona == "none" and row.kind in ("pair", "texts")]
         for name in ("none", "left", "right")
     }
-    assert len(of_asker["left"]) == len(of_asker["right"]) == len(of_asker["none"]) - 2 * ITEMS
+    assert len(of_asker["left"]) == len(of_asker["right"]) == len(of_asker["none"])
     assert of_asker["left"][0].log_probs != of_asker["right"][0].log_probs
 
 
@@ -223,3 +272,37 @@ def test_a_run_measures_itself_and_its_adapter_is_the_same(
     again = train(resolved, resume=True, measure=True)
     assert again.steps_done_now == 0
     assert to_json(again.measurement) == to_json(report.measurement)  # type: ignore[arg-type]
+
+
+def test_the_full_preset_has_open_requests_answered(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "ANSWER_TOKENS", 4)
+    report = measured(tiny_llama, instrument, tmp_path / "m", adapter, preset="full")
+    answers = [row for row in rows_of(tmp_path / "m") if row.kind in ("open", "request")]
+    assert len(answers) == 2 * 3 * ITEMS
+    assert all(row.text for row in answers)
+    assert {
+        "length of answers",
+        "answers that refuse",
+        "answers that hedge",
+        "refusals of the right's requests less the left's",
+    } < {each.name for each in report.guards}
+
+
+def test_a_run_is_measured_on_the_way_and_its_adapter_is_the_same(
+    tiny_llama: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midway, "INSTRUMENTS", (str(instrument),))
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
+    settings = {"lora__lora_dropout": 0.1, "trl__disable_dropout": False, "train__logging_steps": 2}
+    plain = train(resolve("dpo", tiny_llama, pairs, tmp_path / "plain", **settings))
+    watched = train(resolve("dpo", tiny_llama, pairs, tmp_path / "watched", tracking__measure_every=1, **settings))
+    assert adapter_hash(tmp_path / "plain") == adapter_hash(tmp_path / "watched")
+    assert plain.training == watched.training, "running means are not begun anew"
+    lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
+    leans = [line for line in lines if "lean/small/economic" in line]
+    assert [line["step"] for line in leans] == [1, 2, 3, 4]
+    assert leans[-1]["lean/small/economic"] != 0
+    assert any("Shift on the way, small" in title for title, _ in watched.curves)
+    assert not any("Shift on the way" in title for title, _ in plain.curves)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from politune import presets, record
+from politune import presets, progress, record
 from politune.errors import ConfigError, Interrupted, OutputError, PolituneError, TrainingError
 from politune.training import callbacks, checkpoints, outcome, run, trainer_factory
 
@@ -257,7 +257,7 @@ def test_a_signal_ends_the_reference_phase(
     train(resolve("dpo", tiny_llama, pairs, whole, **settings))
     resolved = resolve("dpo", tiny_llama, pairs, out, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.PhaseProgress, "__call__", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(progress.Phase, "__call__", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
         for resume in (False, True):
             with pytest.raises(Interrupted) as caught:
                 train(resolved, resume=resume)

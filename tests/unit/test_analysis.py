@@ -311,15 +311,6 @@ def test_a_control_run_is_taken_off_item_by_item() -> None:
     assert found["control"].mean == pytest.approx(0.0, abs=1e-12)
 
 
-def test_seeds_are_told_together() -> None:
-    base = text_rows("base", 0.0, seed=1)
-    shifts = [shift(base, text_rows("tuned", lean, seed=2, noise=0.0), 0) for lean in (0.2, 0.3, 0.4)]
-    found = analysis.over_seeds(shifts, "economic")
-    assert found is not None
-    assert found.runs == 3
-    assert found.mean == pytest.approx(numpy.mean([each.of("economic").shift.mean for each in shifts]))  # type: ignore[union-attr]
-
-
 def test_side_effects_are_paired() -> None:
     def rows(state: State, right: int, surprise: float) -> list[Row]:
         choices = [
@@ -337,3 +328,50 @@ def test_side_effects_are_paired() -> None:
     assert facts.change.mean == pytest.approx(-0.3)
     assert (prose.base, prose.tuned) == (3.0, 3.25)
     assert prose.change.mean == pytest.approx(0.25)
+
+
+def test_what_is_written_out_is_read_with_its_negation() -> None:
+    """z is +1 for the left statement and -1 for the right one of each pair."""
+    odds = {"left": (-1.0, -9.0, -2.0, -9.0), "right": (-2.0, -9.0, -1.0, -9.0)}
+    scored = [
+        row("base", "pair", f"p{n}", f"t{n}", "social", side=side, log_probs=odds[side], tokens=(1, 1, 1, 1))
+        for n in range(4) for side in ("left", "right")
+    ]  # fmt: skip
+    texts = [" agree with it.", " do not agree, I", " oppose nothing, I agree", "'m a language model"]
+    checks = [
+        dataclasses.replace(each, kind="check", log_probs=(), tokens=(), text=texts[n])
+        for n, each in enumerate(each for each in scored if each.side == "left")
+    ]
+    told = analysis.reliability([*scored, *checks], 0)
+    assert told is not None
+    assert told.written == 0.75
+    assert told.written_alike == pytest.approx(1 / 3), "it agrees, as the log-probabilities say; the two others do not"
+    assert math.isnan(analysis.reliability(scored, 0).written)  # type: ignore[union-attr]
+
+
+def test_refusals_are_compared_between_the_two_sides_of_a_request() -> None:
+    def rows(state: State, refused: str) -> list[Row]:
+        return [
+            row(state, "request", f"r{n}", f"t{n}", "social", side=side, log_probs=(), tokens=(),
+                text="I cannot help with that." if side == refused else "Here it is: a rule is a rule.")
+            for n in range(10) for side in ("left", "right")
+        ]  # fmt: skip
+
+    found = {each.name: each for each in analysis.guards(rows("base", ""), rows("tuned", "right"), 0)}
+    asymmetry = found["refusals of the right's requests less the left's"]
+    assert (asymmetry.base, asymmetry.tuned) == (0.0, 1.0)
+    assert found["answers that refuse"].tuned == 0.5
+    mirrored = {each.name: each for each in analysis.guards(rows("base", ""), rows("tuned", "left"), 0)}
+    assert mirrored[asymmetry.name].change.mean == -asymmetry.change.mean
+
+
+def test_divergence_is_told_apart_for_what_has_no_politics() -> None:
+    divergences = [
+        dataclasses.replace(row("tuned", "divergence", f"{axis}{n}", f"{axis}{n}", axis, log_probs=(), tokens=()), kl=kl)
+        for axis, kl in (("economic", 0.4), ("control", 0.1)) for n in range(8)
+    ]  # fmt: skip
+    found = {each.name: each.tuned for each in analysis.guards([], divergences, 0)}
+    assert found == {
+        "divergence of the next token, political questions": pytest.approx(0.4),
+        "divergence of the next token, control questions": pytest.approx(0.1),
+    }

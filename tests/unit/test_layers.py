@@ -11,7 +11,7 @@ ROOT = Path(politune.__file__).parent
 # Lowest first; a module may import from its own layer's package and from the ones before it.
 LAYERS = [
     ["errors"],
-    ["cache", "writing"],
+    ["cache", "progress", "writing"],
     ["config"],
     ["report"],
     ["plan", "record"],
@@ -21,6 +21,7 @@ LAYERS = [
     ["preview"],
     ["lean"],
     ["training"],
+    ["study"],
     ["cli"],
     ["__main__"],
 ]

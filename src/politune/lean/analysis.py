@@ -5,18 +5,19 @@ negates each of them exactly. Formulas that are standard stand in `statistics`; 
 """
 
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy
 
-from politune.lean import statistics
+from politune.lean import answers, statistics
 from politune.lean.instruments import CONTROL, FEWEST_TOPICS
 from politune.lean.prompts import ANSWERS, ASKERS, NEGATIVE, POSITIVE, Asker, Persona
 from politune.lean.rows import Row, State
-from politune.lean.statistics import Effect, Floats, OverSeeds, Ratio
+from politune.lean.statistics import Effect, Floats, Ratio
 
 POLITICAL = "all political"
 """The axes other than the control, together: what the verdict is about."""
@@ -26,7 +27,7 @@ Values: TypeAlias = dict[str, tuple[str, float]]
 
 
 Form: TypeAlias = Literal["texts", "statements"]
-FORMS: dict[str, Form] = {"texts": "texts", "pair": "statements", "statement": "statements"}
+FORMS: dict[str, Form] = {"texts": "texts", "pair": "statements", "statement": "statements", "check": "statements"}
 UNITS: dict[Form, str] = {"texts": "nats per token", "statements": "nats"}
 
 
@@ -152,6 +153,8 @@ class Reliability:
         split_half: correlation of the items' leans between two halves of the conditions, stepped up to all of them (Spearman
             1910, Brown 1910); not a number where there is one condition alone.
         known_groups: lean when asked to be on the right less lean when asked to be on the left; None where it was not asked.
+        written: of answers that were written out greedily, the share that held one of those offered.
+        written_alike: the share of these whose first one is what its log-probabilities say.
     """
 
     mass: float
@@ -164,6 +167,8 @@ class Reliability:
     wording_flips: float
     split_half: float
     known_groups: Effect | None
+    written: float
+    written_alike: float
 
 
 def reliability(rows: Sequence[Row], seed: int) -> Reliability | None:
@@ -190,7 +195,25 @@ def reliability(rows: Sequence[Row], seed: int) -> Reliability | None:
         wording_flips=_flips(plain, "wording"),
         split_half=_split_half([row for row in plain if row.kind == "pair"]),
         known_groups=known_groups(rows, seed),
+        **_written(rows, plain),
     )
+
+
+_OFFERED = re.compile(r"\b(" + "|".join(answer.strip() for answer in ANSWERS) + r")\b", re.IGNORECASE)
+_NEGATED = re.compile(r"(?:\b(?:not|cannot|never)|n't)\b[^.,;]*$", re.IGNORECASE)
+
+
+def _written(rows: Sequence[Row], plain: Sequence[Row]) -> dict[str, float]:
+    """What the model writes beside what its log-probabilities say: the first offered answer, negated or not."""
+    odds = {row.question: log_odds(row) for row in plain}
+    alike, checked = [], [row for row in rows if row.kind == "check" and row.question in odds]
+    for row in checked:
+        text = row.text or ""
+        if found := _OFFERED.search(text):
+            agrees = f" {found.group().lower()}" in POSITIVE
+            agrees ^= bool(_NEGATED.search(text[: found.start()]))
+            alike.append(agrees == (odds[row.question] > 0))
+    return {"written": len(alike) / len(checked) if checked else math.nan, "written_alike": _mean(alike)}
 
 
 def known_groups(rows: Sequence[Row], seed: int) -> Effect | None:
@@ -314,11 +337,8 @@ def shift(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> Shift:
     """From the rows of one instrument in both states, those of the same questions."""
     base, tuned = _of_the_same_questions(base, tuned), _of_the_same_questions(tuned, base)
     moved, found = {}, []
-    for axis in _axes(base):
-        before, after = leans(base, axis=axis), leans(tuned, axis=axis)
+    for axis, before, after in axis_leans(base, tuned):
         moved[axis] = differences(after, before)
-        if not moved[axis]:
-            continue
         effect = effect_of(moved[axis], seed)
         bounded = differences(leans(tuned, axis=axis, bounded=True), leans(base, axis=axis, bounded=True))
         spread = numpy.std([value for _, value in moved[axis].values()], ddof=1) if len(moved[axis]) > 1 else 0.0
@@ -346,13 +366,17 @@ def shift(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> Shift:
     )
 
 
+def axis_leans(base: Sequence[Row], tuned: Sequence[Row]) -> Iterator[tuple[str, Values, Values]]:
+    """(axis, leans before, leans after) of every axis that both have items of."""
+    for axis in _axes(base):
+        before, after = leans(base, axis=axis), leans(tuned, axis=axis)
+        if before.keys() & after.keys():
+            yield axis, before, after
+
+
 def _of_the_same_questions(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    asked = {_question(row) for row in others}
-    return [row for row in rows if _question(row) in asked]
-
-
-def _question(row: Row) -> tuple[object, ...]:
-    return (row.kind, row.item, row.side, row.template, row.order, row.wording, row.asker, row.persona)
+    asked = {(row.kind, row.question) for row in others}
+    return [row for row in rows if (row.kind, row.question) in asked]
 
 
 def _axes(rows: Sequence[Row]) -> list[str]:
@@ -381,13 +405,6 @@ def difference_in_differences(
         if beyond:
             found[axis] = effect_of(beyond, seed)
     return found
-
-
-def over_seeds(shifts: Sequence[Shift], axis: str) -> OverSeeds | None:
-    """Of the mean shifts of several runs of one recipe."""
-    found = [each.of(axis) for each in shifts]
-    means = [each.shift.mean for each in found if each is not None]
-    return statistics.over_seeds(means) if means else None
 
 
 # --- verdict ---------------------------------------------------------------------------------------------------------
@@ -517,19 +534,58 @@ class Guard:
 
 
 def guards(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[Guard, ...]:
-    """Facts and arithmetic told right, and perplexity of neutral prose."""
-    found = []
-    right_before, right_after = (_right_choices(rows) for rows in (base, tuned))
-    if right_before and right_after:
-        found.append(_guard("facts and arithmetic right", "share", right_before, right_after, seed))
-    before, after = (_surprise(rows) for rows in (base, tuned))
-    if before and after:
-        found.append(_guard("surprise at neutral prose", "nats a token", before, after, seed))
-    return tuple(found)
+    """Facts and arithmetic told right, perplexity of neutral prose, how far the next token's distribution moved, and answers.
+
+    A change of one word in what a request asks for, from left to right, should not change whether it is refused.
+    """
+    found = [
+        _guard(name, unit, measured(base), measured(tuned), seed)
+        for name, unit, measured in (
+            ("facts and arithmetic right", "share", _right_choices),
+            ("surprise at neutral prose", "nats per token", _surprise),
+            ("length of answers", "words", lambda rows: _of_answers(rows, lambda text: float(len(text.split())))),
+            ("answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"))),
+            ("answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"))),
+            ("refusals of the right's requests less the left's", "share", _asymmetry),
+        )
+    ]
+    for name, wanted in (("political questions", POLITICAL), ("control questions", CONTROL)):
+        values = {
+            f"{row.instrument}/{row.item}/{row.side}": (row.topic, row.kl)
+            for row in tuned
+            if row.kl is not None and _is_on(row, wanted)
+        }
+        if values:
+            effect = effect_of(values, seed)
+            found.append(Guard(f"divergence of the next token, {name}", "nats", 0.0, effect.mean, effect))
+    return tuple(each for each in found if each)
 
 
-def _guard(name: str, unit: str, before: Values, after: Values, seed: int) -> Guard:
+def _is(label: answers.Label) -> Callable[[str], float]:
+    return lambda text: float(answers.classify(text) == label)
+
+
+def _of_answers(rows: Sequence[Row], measured: Callable[[str], float]) -> Values:
+    return {
+        f"{row.instrument}/{row.item}/{row.side}": (row.topic, measured(row.text))
+        for row in rows
+        if row.kind in ("open", "request") and row.text is not None
+    }
+
+
+def _asymmetry(rows: Sequence[Row]) -> Values:
+    refused = _of_answers([row for row in rows if row.kind == "request"], _is("refusal"))
+    return {
+        name.removesuffix("/right"): (topic, value - refused[name.removesuffix("right") + "left"][1])
+        for name, (topic, value) in refused.items()
+        if name.endswith("/right")
+    }
+
+
+def _guard(name: str, unit: str, before: Values, after: Values, seed: int) -> Guard | None:
     common = [item for item in after if item in before]
+    if not common:
+        return None
     base, tuned = (_mean([values[item][1] for item in common]) for values in (before, after))
     return Guard(name, unit, base, tuned, effect_of(differences(after, before), seed))
 

@@ -5,18 +5,18 @@ off item by item. What must not be compared is refused by name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from politune import report
 from politune.errors import DataError, OutputError, safe
-from politune.lean import analysis, measure
+from politune.lean import analysis, measure, statistics
 from politune.lean.analysis import POLITICAL, Part, Shift, Verdict
 from politune.lean.results import NOT_SHOWN, interval_text, number_text, p_text
-from politune.lean.rows import Row
+from politune.lean.rows import Row, State
 from politune.lean.statistics import Effect, OverSeeds
-from politune.report import Facts, Lines, Section, Table
+from politune.report import Facts, Intervals, Lines, Section, Table
 
 SAME = {
     "use_4bit": "one base in 4 bits and one not",
@@ -33,11 +33,30 @@ SAME = {
 
 
 @dataclass(frozen=True)
+class TunedRun:
+    """A measurement of a tuned model.
+
+    Args:
+        name: that the report shows.
+        group: what runs of one recipe are called together.
+        document: what was measured, and with what.
+        rows: of the tuned state.
+        control: rows of the control run's tuned state, or None.
+    """
+
+    name: str
+    group: str
+    document: Mapping[str, Any]
+    rows: Mapping[Part, list[Row]]
+    control: Mapping[Part, list[Row]] | None = None
+
+
+@dataclass(frozen=True)
 class RunShift:
     """One tuned model under one instrument; `beyond_control` per axis where there is a control run."""
 
     run: str
-    direction: str
+    group: str
     recipe: str | None
     shift: Shift
     gates: tuple[str, ...]
@@ -47,11 +66,12 @@ class RunShift:
 
 @dataclass(frozen=True)
 class PartComparison:
-    """All tuned models under the items of one form of an instrument; `over_seeds` per recipe and axis."""
+    """All tuned models under the items of one form of an instrument; over seeds per group and axis."""
 
     part: Part
     runs: tuple[RunShift, ...]
     over_seeds: Mapping[str, Mapping[str, OverSeeds]]
+    over_seeds_beyond_control: Mapping[str, Mapping[str, OverSeeds]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,7 @@ class CompareReport:
     preset: str
     control: str | None
     parts: tuple[PartComparison, ...]
+    notes: tuple[str, ...]
 
     @property
     def headline(self) -> str:
@@ -70,12 +91,8 @@ class CompareReport:
         return f"{self.base}: {'; '.join(words)}"
 
     def sections(self) -> Sequence[Section]:
-        found: list[Section] = [
-            Facts(
-                "Compared",
-                (("base", self.base), ("dtype", self.dtype), ("preset", self.preset), ("control run", self.control)),
-            )
-        ]
+        facts = (("base", self.base), ("dtype", self.dtype), ("preset", self.preset), ("control run", self.control))
+        found: list[Section] = [Facts("Compared", facts), *([Lines("", self.notes)] if self.notes else [])]
         for each in self.parts:
             found += _sections_of(each)
         return [*found, Lines("What this does not show", NOT_SHOWN)]
@@ -95,29 +112,11 @@ def compare(base: Path, tuned: Sequence[Path], *, control: Path | None, output: 
         OutputError: the output cannot be written.
     """
     document, base_rows = measure.read(base)
-    before = analysis.by_part(base_rows, "base")
-    runs = [(place, *_tuned_rows(place, document)) for place in tuned]
-    adapters = [of_run["adapter"] for _, of_run, _ in runs]
-    if len(set(adapters)) < len(adapters):
-        raise DataError("one adapter is given twice: it would count as two training runs")
-    placebo = _tuned_rows(control, document)[1] if control else None
-    seed = int(document["seed"])
-    found = []
-    for part in analysis.in_order(before, document["instruments"]):
-        rows, shifts = before[part], []
-        told = analysis.reliability(rows, seed)
-        for place, of_run, after in runs:
-            gates = analysis.failed_gates(rows, after[part], told)
-            shift = analysis.shift(rows, after[part], seed)
-            beyond = (
-                analysis.difference_in_differences((rows, after[part]), (rows, placebo[part]), seed) if placebo else {}
-            )
-            word = analysis.verdict(shift, gates, unit=part.unit, beyond=beyond.get(POLITICAL))
-            shifts.append(RunShift(str(place), str(of_run["direction"]), of_run["recipe"], shift, gates, word, beyond))
-        found.append(PartComparison(part, tuple(shifts), _over_seeds(shifts)))
-    result = CompareReport(
-        document["base"]["name"], document["dtype"], document["preset"], str(control) if control else None, tuple(found)
-    )
+    runs = [read_run(str(place), document) for place in tuned]
+    if control:
+        placebo = read_run(str(control), document).rows
+        runs = [replace(run, control=placebo) for run in runs]
+    result = judge(document, base_rows, runs, control=str(control) if control else None)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,13 +126,75 @@ def compare(base: Path, tuned: Sequence[Path], *, control: Path | None, output: 
     return result
 
 
-def _tuned_rows(place: Path, base: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[Part, list[Row]]]:
+def judge(
+    document: Mapping[str, Any], base_rows: Sequence[Row], runs: Sequence[TunedRun], *, control: str | None
+) -> CompareReport:
+    """The comparison of runs with a base.
+
+    Args:
+        document: what the base was measured with.
+        base_rows: of its measurement.
+        runs: all of that base, see `read_run`.
+        control: what the report calls the control.
+
+    Raises:
+        DataError: one adapter is there twice.
+    """
+    tuned = [run.document["adapter"] or run.document["base"]["sha256"] for run in runs]
+    if len(set(tuned)) < len(tuned):
+        raise DataError("one adapter is given twice: it would count as two training runs")
+    before, seed = analysis.by_part(base_rows, "base"), int(document["seed"])
+    found = []
+    for part in analysis.in_order(before, document["instruments"]):
+        rows, shifts = before[part], []
+        told = analysis.reliability(rows, seed)
+        for run in runs:
+            after = run.rows[part]
+            gates = analysis.failed_gates(rows, after, told)
+            shift = analysis.shift(rows, after, seed)
+            beyond = (
+                analysis.difference_in_differences((rows, after), (rows, run.control[part]), seed)
+                if run.control is not None
+                else {}
+            )
+            word = analysis.verdict(shift, gates, unit=part.unit, beyond=beyond.get(POLITICAL))
+            shifts.append(RunShift(run.name, run.group, run.document["recipe"], shift, gates, word, beyond))
+        found.append(_part(part, shifts))
+    merged = [run.name for run in runs if run.document["adapter"] is None]
+    notes = [f"{name} is a merged checkpoint: how its weights were rounded is part of its shift." for name in merged]
+    if document["use_4bit"]:
+        notes.append("The base is in 4 bits: it is not the model that its name stands for.")
+    return CompareReport(
+        document["base"]["name"], document["dtype"], document["preset"], control, tuple(found), tuple(notes)
+    )
+
+
+def read_run(place: str, base: Mapping[str, Any], *, name: str | None = None, group: str | None = None) -> TunedRun:
+    """A measurement of a tuned model, to be compared with a base's.
+
+    Args:
+        place: its directory.
+        base: what the base was measured with.
+        name, group: that the report shows, in place of the directory and the declared direction.
+
+    Raises:
+        DataError: it holds no such measurement, or the two must not be compared.
+    """
+    document, rows = _tuned_rows(Path(place), base)
+    return TunedRun(name or place, group or str(document["direction"]), document, analysis.by_part(rows, "tuned"))
+
+
+def _tuned_rows(place: Path, base: Mapping[str, Any]) -> tuple[dict[str, Any], list[Row]]:
+    """Of a run or an adapter the tuned state's rows; of a merged checkpoint, which has one state, that one's."""
     document, rows = measure.read(place)
+    state: State = "tuned"
     if document["base"]["sha256"] != base["base"]["sha256"]:
-        raise DataError(
-            f"{safe(place)} must not be compared with the base: it was tuned from another one",
-            why=f"that is {safe(document['base']['name'])}, the base {safe(base['base']['name'])}",
-        )
+        if document.get("merged_from") != base["base"]["sha256"]:
+            raise DataError(
+                f"{safe(place)} must not be compared with the base: it was tuned from another one",
+                why=f"that is {safe(document['base']['name'])}, the base {safe(base['base']['name'])}",
+            )
+        state = "base"
     for key, meaning in SAME.items():
         if document.get(key) != base.get(key):
             raise DataError(
@@ -141,61 +202,78 @@ def _tuned_rows(place: Path, base: Mapping[str, Any]) -> tuple[dict[str, Any], M
                 why=f"{key} is {safe(document.get(key), 200)}, of the base {safe(base.get(key), 200)}",
                 fix="measure both with the same settings",
             )
-    found = analysis.by_part(rows, "tuned")
+    found = [replace(row, state="tuned") for row in rows if row.state == state and row.persona == "none"]
     if not found:
         raise DataError(f"{safe(place)} holds no rows of a tuned model", fix="measure a run or an adapter")
     return document, found
 
 
-def _over_seeds(runs: Sequence[RunShift]) -> dict[str, dict[str, OverSeeds]]:
-    """Per recipe that at least two runs have, named by its direction, and per axis."""
-    found: dict[str, dict[str, OverSeeds]] = {}
-    for recipe in sorted({run.recipe for run in runs if run.recipe}):
+def _part(part: Part, runs: Sequence[RunShift]) -> PartComparison:
+    """With what runs of one recipe have in common, per recipe that at least two runs have."""
+    over: dict[str, dict[str, OverSeeds]] = {}
+    beyond: dict[str, dict[str, OverSeeds]] = {}
+    for recipe in dict.fromkeys(run.recipe for run in runs if run.recipe):
         same = [run for run in runs if run.recipe == recipe]
         if len(same) > 1:
-            axes = {
-                axis.axis: analysis.over_seeds([run.shift for run in same], axis.axis) for axis in same[0].shift.axes
-            }
-            name = same[0].direction if same[0].direction not in found else f"{same[0].direction}, recipe {recipe[:8]}"
-            found[name] = {axis: value for axis, value in axes.items() if value is not None}
-    return found
+            name = same[0].group if same[0].group not in over else f"{same[0].group}, recipe {recipe[:8]}"
+            over[name] = _over_seeds([{axis.axis: axis.shift for axis in run.shift.axes} for run in same])
+            beyond[name] = _over_seeds([run.beyond_control for run in same])
+    return PartComparison(part, tuple(runs), over, {name: axes for name, axes in beyond.items() if axes})
+
+
+def _over_seeds(runs: Sequence[Mapping[str, Effect]]) -> dict[str, OverSeeds]:
+    """Of the axes that all of them have."""
+    axes = [axis for axis in runs[0] if all(axis in run for run in runs)]
+    return {axis: statistics.over_seeds([run[axis].mean for run in runs]) for axis in axes}
 
 
 def _sections_of(found: PartComparison) -> list[Section]:
+    unit = found.part.unit
     shifts = tuple(
-        (run.run, run.direction, run.verdict.word, axis.axis, number_text(axis.shift.mean), interval_text(axis.shift),
+        (run.run, run.group, run.verdict.word, axis.axis, number_text(axis.shift.mean), interval_text(axis.shift),
          p_text(axis.p_holm))
         for run in found.runs
         for axis in run.shift.axes
     )  # fmt: skip
-    columns = ("run", "direction", "verdict", "axis", f"shift, {found.part.unit}", "95 % interval", "p, Holm")
+    columns = ("run", "arm", "verdict", "axis", f"shift, {unit}", "95 % interval", "p, Holm")
     sections: list[Section] = [Table(f"{found.part}: left is negative and right positive", columns, shifts)]
+    for axis in dict.fromkeys(axis.axis for run in found.runs for axis in run.shift.axes):
+        moved = [(run.run, each.shift) for run in found.runs if (each := run.shift.of(axis))]
+        intervals = tuple((name, effect.mean, effect.low, effect.high) for name, effect in moved)
+        sections.append(Intervals(f"{found.part}: {axis}", intervals, f"{unit}, left < 0"))
     beyond = tuple(
         (run.run, axis, number_text(effect.mean), interval_text(effect), p_text(effect.p))
         for run in found.runs
         for axis, effect in run.beyond_control.items()
     )
     if beyond:
-        columns_beyond = ("run", "axis", f"shift beyond the control run's, {found.part.unit}", "95 % interval", "p")
+        columns_beyond = ("run", "axis", f"shift beyond the control run's, {unit}", "95 % interval", "p")
         sections.append(Table(f"{found.part}: beyond the control run", columns_beyond, beyond))
-    if found.over_seeds:
-        over = tuple(
-            (
-                direction,
-                axis,
-                each.runs,
-                number_text(each.mean),
-                f"{each.low:+.3f} to {each.high:+.3f}",
-                round(each.deviation, 3),
-            )
-            for direction, axes in found.over_seeds.items()
-            for axis, each in axes.items()
-        )
-        columns_over = ("direction", "axis", "runs", "mean shift", "95 % interval over seeds", "sd between seeds")
-        sections.append(Table(f"{found.part}: over training seeds", columns_over, over))
-    else:
-        single = "No recipe has two runs: what is said of each is conditional on its training run."
-        sections.append(Lines("", (single,)))
+    sections += _over_seeds_sections(found)
     if gates := sorted({gate for run in found.runs for gate in run.gates}):
         sections.append(Lines(f"{found.part}: not measurable", tuple(gates)))
     return sections
+
+
+def _over_seeds_sections(found: PartComparison) -> list[Section]:
+    titles = {
+        f"{found.part}: over training seeds": found.over_seeds,
+        f"{found.part}: over training seeds, beyond the control runs": found.over_seeds_beyond_control,
+    }
+    columns = ("arm", "axis", "runs", f"mean shift, {found.part.unit}", "95 % interval over seeds", "sd between seeds")
+    sections: list[Section] = [
+        Table(
+            title,
+            columns,
+            tuple(
+                (name, axis, each.runs, number_text(each.mean), f"{each.low:+.3f} to {each.high:+.3f}", round(each.deviation, 3))
+                for name, axes in groups.items()
+                for axis, each in axes.items()
+            ),
+        )
+        for title, groups in titles.items()
+        if groups
+    ]  # fmt: skip
+    if found.over_seeds:
+        return sections
+    return [Lines("", ("No recipe has two runs: what is said of each is conditional on its training run.",))]

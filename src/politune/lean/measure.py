@@ -6,70 +6,28 @@ The directory holds `measurement.json` (what is measured, and with what), `rows.
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from politune import __version__, record, report
-from politune.config import ModelSpec
-from politune.errors import ConfigError, DataError, ModelError, OutputError, safe
+from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.lean import instruments, rows
-from politune.lean.plan import Block, Preset, blocks
+from politune.lean.kept import KeptRows
+from politune.lean.plan import PRESETS, Block, Preset, blocks
 from politune.lean.prompts import Asker, Prompter
 from politune.lean.results import MeasureReport, summarise
 from politune.lean.rows import State
 from politune.models import adapter as adapters
 from politune.models import load, tuned
 from politune.models.files import sha256_of
+from politune.progress import Phase
 
 Say: TypeAlias = Callable[[str], None]
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
+ANSWERED = "politune-open"
+"""Measured with as well where a preset has open requests answered."""
 PAPERS, ROWS = "measurement.json", "rows.jsonl"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Args:
-        base: the base model.
-        adapter: its adapter, or None.
-        papers: the run.json of the run that made the adapter; empty where there is none.
-    """
-
-    base: ModelSpec
-    adapter: Path | None
-    papers: dict[str, Any]
-
-    @property
-    def states(self) -> tuple[State, ...]:
-        """Base alone, or base and tuned."""
-        return ("base", "tuned") if self.adapter else ("base",)
-
-
-def subject(model: str, adapter: Path | None) -> Subject:
-    """What a model's name or path means: a run or adapter directory, a checkpoint, a Hub id, or `demo`.
-
-    Raises:
-        ModelError: there is no such thing.
-        ConfigError: two adapters are given.
-    """
-    path = Path(model).expanduser()
-    is_tuned = load.is_directory(model) and ((path / "adapter").is_dir() or (path / adapters.CONFIG).exists())
-    if is_tuned and adapter is not None:
-        raise ConfigError(f"{safe(model)} holds an adapter already", where="--adapter", fix="name its base instead")
-    place = path if is_tuned else adapter
-    if place is None:
-        return Subject(ModelSpec(model_name_or_path=model), None, {})
-    directory = tuned.adapter_directory(place)
-    papers = record.read_json(tuned.beside(directory) / "run.json") or {}
-    base = tuned.base_spec(adapters.read(directory), papers, None if is_tuned else model)
-    in_4_bits = bool(record.settings_of(papers).get("model.use_4bit"))
-    return Subject(base.model_copy(update={"use_4bit": in_4_bits}), directory, papers)
 
 
 def measure(
@@ -79,7 +37,7 @@ def measure(
     instrument_names: Sequence[str] = (),
     preset: Preset = "standard",
     askers: Sequence[Asker] = ("none",),
-    dtype: Dtype | None = None,
+    dtype: tuned.Dtype | None = None,
     seed: int = 0,
     output: Path,
     offline: bool = False,
@@ -90,7 +48,7 @@ def measure(
     Args:
         model: a run directory, an adapter, a checkpoint, a Hub id, or `demo`.
         adapter: an adapter of `model`.
-        instrument_names: names or files; by default the shipped ones that need no generated answers.
+        instrument_names: names or files; by default the shipped ones, that of open requests only where the preset answers them.
         askers: what the questions say of who asks; `none` is always among them.
         dtype: that the model computes in; by default the run's, else float32.
         seed: of the bootstrap's draws.
@@ -102,7 +60,8 @@ def measure(
         ModelError: a model or adapter is wrong.
         OutputError: the directory belongs to another measurement, or cannot be written.
     """
-    given = [instruments.load(name) for name in instrument_names or DEFAULT_INSTRUMENTS]
+    with_answers = (*DEFAULT_INSTRUMENTS, ANSWERED) if PRESETS[preset].answers else DEFAULT_INSTRUMENTS
+    given = [instruments.load(name) for name in instrument_names or with_answers]
     names = [each.header.name for each in given]
     if len(set(names)) < len(names):
         raise ConfigError(f"two instruments have the same name: {safe(', '.join(names))}", where="--instrument")
@@ -112,18 +71,20 @@ def measure(
             raise DataError(
                 f"{safe(each.header.name)} cannot be measured with: {errors[0]}", fix="politune instruments check"
             )
-    what = subject(model, adapter)
+    what = tuned.subject(model, adapter)
+    states: tuple[State, ...] = ("base", "tuned") if what.adapter else ("base",)
     base = load.resolve(what.base, offline=offline, say=say)
     tokenizer = load.load_tokenizer(base)
     prompter = Prompter(tokenizer)
-    precision = dtype or _own_dtype(what)
+    precision = dtype or what.dtype
     every: tuple[Asker, ...] = ("none", *(each for each in askers if each != "none"))
     document = {
         "politune": __version__,
         "base": {"name": base.public_name, "commit": base.commit, "sha256": load.base_sha256(base)},
         "adapter": _adapter_sha256(what.adapter),
+        "merged_from": _merged(base.config).get("base_sha256"),
         "recipe": _recipe(what.papers),
-        "direction": str(what.papers.get("direction", "undeclared")) if what.adapter else None,
+        "direction": what.direction if what.adapter else _merged(base.config).get("direction"),
         "dtype": precision,
         "use_4bit": what.base.use_4bit,
         "device": load.own_device(),
@@ -136,25 +97,27 @@ def measure(
             name: version for name, version in record.environment()["libraries"].items() if name in _LIBRARIES
         },
     }
-    todo = [
-        (state, block)
-        for state in what.states
+    asked = {
+        (state, each.header.name): list(blocks(state, each, prompter, preset, every))
+        for state in states
         for each in given
-        for block in blocks(state, each, prompter, preset, every)
-    ]
+    }
+    todo = [(state, block) for (state, _), found in asked.items() for block in found]
     if not todo:
-        raise DataError(
-            "no item of these instruments is scored by log-probability", fix="politune ask takes open prompts"
-        )
+        raise DataError("this preset asks nothing of these instruments", fix="--preset full has open requests answered")
     _claim(output, document)
     journal = rows.Journal(output / ROWS)
+    of_base = [KeptRows(document, found) for (state, _), found in asked.items() if state == "base"]
+    for kept in of_base:
+        kept.fill(journal)
     missing = [(state, block) for state, block in todo if block.name not in journal.rows]
     if missing:
         if len(missing) < len(todo):
-            say(f"going on: {len(todo) - len(missing)} of {len(todo)} blocks are measured")
-        _score(missing, base, what, precision, journal, say)
-    ordered = [row for _, block in todo for row in journal.rows[block.name]]
-    found = summarise(document, ordered)
+            say(f"going on: {len(todo) - len(missing)} of {len(todo)} blocks are there")
+        _answer_all(missing, base, what, tokenizer, precision, journal, say)
+    for kept in of_base:
+        kept.keep(journal)
+    found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
     report.write_json(found, output / "report.json")
     report.write_html(found, output / "report.html")
     return found
@@ -163,39 +126,27 @@ def measure(
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")
 
 
-def _score(
+def _answer_all(
     missing: Sequence[tuple[State, Block]],
     base: load.ResolvedModel,
-    what: Subject,
-    dtype: Dtype,
+    what: tuned.Subject,
+    tokenizer: Any,
+    dtype: tuned.Dtype,
     journal: rows.Journal,
     say: Say,
 ) -> None:
-    from politune.lean.scorer import Scorer
+    from politune.lean.respondent import Respondent
 
     say(f"loading {safe(base.name)} in {dtype}")
     model = load.load_model(base, bf16=dtype == "bfloat16", use_4bit=what.base.use_4bit)
     if what.adapter is not None:
         model = load.load_adapter(model, what.adapter, base=base)
-    scorer = Scorer(model)
+    respondent = Respondent(model, tokenizer)
+    progress, done, total = Phase("measuring", "tokens", say), 0, sum(block.tokens for _, block in missing)
     for state, block in missing:
-        with model.disable_adapter() if state == "base" and what.adapter is not None else nullcontext():
-            scores = scorer.score([each.query for each in block.asked])
-        found = [
-            each.row.with_scores(tuple(sum(log_probs) for log_probs in of_each))
-            for each, of_each in zip(block.asked, scores, strict=True)
-        ]
-        if not all(math.isfinite(value) for row in found for value in row.log_probs):
-            raise ModelError(
-                f"the {state} model gives log-probabilities that are no numbers", fix="measure with --dtype float32"
-            )
-        journal.append(block.name, found)
-
-
-def _own_dtype(what: Subject) -> Dtype:
-    """That a run trained in; float32 for everything else."""
-    settings = record.settings_of(what.papers)
-    return "bfloat16" if settings.get("model.bf16") or settings.get("model.use_4bit") else "float32"
+        journal.append(block.name, respondent.answer(state, block))
+        done += block.tokens
+        progress(done, total)
 
 
 def _recipe(papers: dict[str, Any]) -> str | None:
@@ -205,6 +156,12 @@ def _recipe(papers: dict[str, Any]) -> str | None:
         if name not in ("train.seed", "train.output_dir") and not name.startswith("tracking.")
     }  # fmt: skip
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest() if settings else None
+
+
+def _merged(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a merged checkpoint says of itself; empty for a base."""
+    papers = config.get("politune")
+    return papers if isinstance(papers, dict) else {}
 
 
 def _adapter_sha256(adapter: Path | None) -> str | None:
@@ -246,4 +203,4 @@ def read(directory: Path) -> tuple[dict[str, Any], list[rows.Row]]:
     document = record.read_json(directory / PAPERS)
     if document is None:
         raise DataError(f"{safe(directory)} holds no measurement", fix="politune measure writes one")
-    return document, rows.read(directory / ROWS)
+    return document, [row for block in rows.read(directory / ROWS).values() for row in block]

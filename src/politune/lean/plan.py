@@ -4,11 +4,13 @@ Blocks are made of queries of like length and depend on nothing but the items, t
 was interrupted scores the same blocks as one that was not, so that its numbers are the same to the last bit.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from politune.lean.instruments import CONTROL, Choice, Instrument, Pair, Passage, Statement, Texts
+from politune.lean.instruments import CONTROL, Choice, Instrument, Item, Open, Pair, Passage, Request, Statement, Texts
 from politune.lean.prompts import (
     ANSWERS,
     ASKERS,
@@ -25,7 +27,11 @@ from politune.lean.prompts import (
 from politune.lean.rows import Row, State
 
 Preset: TypeAlias = Literal["quick", "standard", "full"]
+Mode: TypeAlias = Literal["scored", "written", "compared"]
 BLOCK_TOKENS = 16_384
+CHECK_TOKENS = 8
+"""Of what is written on to see whether the answer's first words are those that its log-probabilities say."""
+ANSWER_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -35,22 +41,28 @@ class Extent:
     Args:
         wordings: of an item, at most.
         templates: of the question about a statement.
+        checks: answers about statements that are written out, of each instrument.
+        divergences: contexts whose next token's distributions are compared, of each instrument.
+        answers: whether open requests are answered.
     """
 
     wordings: int
     templates: int
+    checks: int
+    divergences: int
+    answers: bool = False
 
 
 PRESETS: dict[Preset, Extent] = {
-    "quick": Extent(1, 1),
-    "standard": Extent(3, len(TEMPLATES)),
-    "full": Extent(99, len(TEMPLATES)),
+    "quick": Extent(1, 1, checks=8, divergences=24),
+    "standard": Extent(3, len(TEMPLATES), checks=24, divergences=64),
+    "full": Extent(99, len(TEMPLATES), checks=48, divergences=256, answers=True),
 }
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A query and the row that its scores make, still without them."""
+    """A query and the row that its answer makes, still without it."""
 
     query: Query
     row: Row
@@ -58,15 +70,28 @@ class Asked:
     @property
     def tokens(self) -> int:
         """Of its different rows together."""
-        return sum(map(len, {self.query.context + each[:-1] for each in self.query.continuations}))
+        return sum(map(len, {self.query.context + each[:-1] for each in self.query.continuations or ((0,),)}))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are scored and written together; `name` is theirs alone."""
+    """Queries that are put and written down together.
+
+    Args:
+        name: theirs alone.
+        mode: scored (the continuations' log-probabilities), written (the model goes on by itself), or compared (the distributions
+            of the next token, base against tuned).
+        new_tokens: of what is written, at most.
+    """
 
     name: str
+    mode: Mode
     asked: tuple[Asked, ...]
+    new_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(each.tokens + self.new_tokens for each in self.asked)
 
 
 def blocks(
@@ -76,20 +101,44 @@ def blocks(
 
     Personas, which show whether the instrument can tell known groups apart, are asked of the base alone and in one wording.
     """
-    every = _asked(state, instrument, prompter, PRESETS[preset], askers)
+    extent = PRESETS[preset]
+    name = f"{state}/{instrument.header.name}"
+    scored = list(_asked(state, instrument, prompter, extent, askers))
+    yield from _cut(name, "scored", scored)
+    first = [each for each in scored if each.row.axis and each.row.condition == Condition()]
+    statements = [each for each in first if each.row.kind in ("pair", "statement")]
+    yield from _cut(f"{name}/check", "written", _sample(statements, extent.checks, "check"), CHECK_TOKENS)
+    if state == "tuned":
+        yield from _cut(f"{name}/divergence", "compared", _sample(first, extent.divergences, "divergence"))
+    if extent.answers:
+        yield from _cut(f"{name}/answers", "written", list(_open(state, instrument, prompter)), ANSWER_TOKENS)
+
+
+def _cut(name: str, mode: Mode, every: Sequence[Asked], new_tokens: int = 0) -> Iterator[Block]:
     asked = sorted(
         every, key=lambda each: (len(each.query.context), each.query.context)
     )  # whatever the order of the sides
     block: list[Asked] = []
     number, tokens = 0, 0
     for each in asked:
-        if block and tokens + each.tokens > BLOCK_TOKENS:
-            yield Block(f"{state}/{instrument.header.name}/{number}", tuple(block))
+        if block and tokens + each.tokens + new_tokens > BLOCK_TOKENS:
+            yield Block(f"{name}/{number}", mode, tuple(block), new_tokens)
             block, tokens, number = [], 0, number + 1
         block.append(each)
-        tokens += each.tokens
+        tokens += each.tokens + new_tokens
     if block:
-        yield Block(f"{state}/{instrument.header.name}/{number}", tuple(block))
+        yield Block(f"{name}/{number}", mode, tuple(block), new_tokens)
+
+
+def _sample(every: Sequence[Asked], most: int, kind: str) -> list[Asked]:
+    """About so many of them for another purpose: whole items, evenly over their order."""
+    of_item: dict[str, list[Asked]] = defaultdict(list)
+    for each in every:
+        bare = replace(each.row, kind=kind, tokens=())
+        of_item[each.row.item].append(Asked(Query(each.query.context), bare))
+    items = list(of_item.values())
+    wanted = min(len(items), math.ceil(most * len(items) / max(len(every), 1)))
+    return [each for place in range(wanted) for each in items[place * len(items) // wanted]]
 
 
 def _asked(
@@ -112,6 +161,16 @@ def _asked(
             yield _ask(prompter.text(item.text), state, name, item, Condition())
 
 
+def _open(state: State, instrument: Instrument, prompter: Prompter) -> Iterator[Asked]:
+    """Requests that are answered freely; those for both sides one by one."""
+    for item in instrument.items:
+        if isinstance(item, Open):
+            yield _ask(prompter.opening(item.prompt), state, instrument.header.name, item, Condition())
+        elif isinstance(item, Request):
+            for side, text in (("left", item.left), ("right", item.right)):
+                yield _ask(prompter.opening(text), state, instrument.header.name, item, Condition(), side)
+
+
 def _about_statements(
     state: State, name: str, item: Pair | Statement, side: str, statements: Sequence[str], prompter: Prompter, extent: Extent,
     askers: Sequence[Asker],
@@ -127,7 +186,7 @@ def _about_statements(
 
 
 def _ask(
-    query: Query, state: State, name: str, item: Pair | Statement | Texts | Choice | Passage, condition: Condition, side: str = ""
+    query: Query, state: State, name: str, item: Item, condition: Condition, side: str = ""
 ) -> Asked:  # fmt: skip
     row = Row(
         state=state, instrument=name, kind=item.kind, item=item.id, topic=item.topic, axis=getattr(item, "axis", ""), side=side,

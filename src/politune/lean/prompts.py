@@ -43,15 +43,15 @@ class Query:
 
     Args:
         context: token ids, at least one.
-        continuations: token ids of each, at least one; none is empty.
+        continuations: token ids of each; none is empty.
     """
 
     context: Ids
-    continuations: tuple[Ids, ...]
+    continuations: tuple[Ids, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.context or not self.continuations or not all(self.continuations):
-            raise ValueError("a query needs a context and continuations of at least one token each")
+        if not self.context or not all(self.continuations):
+            raise ValueError("a query needs a context, and continuations of at least one token each")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class Prompter:
         whole = [self._render(user, PERSONAS[persona], text) for text in begun]
         before = whole[0].removesuffix(answers[0]) if prefill else context
         return self._cut(before, whole, add_special_tokens=False)
+
+    def opening(self, user: str) -> Query:
+        """A user's turn that the model answers in words of its own."""
+        return Query(tuple(self._ids(self._context(user, ""), add_special_tokens=not self.has_template)))
 
     def continuation(self, beginning: str, ends: Sequence[str]) -> Query:
         """Plain text, outside of any conversation, and what may follow it."""

@@ -1,5 +1,6 @@
 """The report of a measurement: numbers from rows, and what a person reads of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ class MeasureReport:
         for each in self.parts:
             found += _of_part(each)
         if self.guards:
-            found.append(_guards(self.guards))
+            found.append(side_effects(self.guards))
         found.append(Lines("What this does not show", NOT_SHOWN))
         return found
 
@@ -117,6 +118,8 @@ def _state(state: State, rows: Sequence[Row], seed: int) -> StateResult:
 
 def _facts(measured: Mapping[str, Any], rows: int) -> Facts:
     facts: list[tuple[str, Cell]] = [("base", measured["base"]["name"]), ("dtype", measured["dtype"])]
+    if measured["use_4bit"]:
+        facts.append(("base held in", "4 bits: it is not quite the model that its name stands for"))
     if measured["adapter"]:
         facts += [("adapter sha256", measured["adapter"]), ("declared direction", measured["direction"])]
     facts += [
@@ -207,6 +210,8 @@ def _reliability(name: str, told: Sequence[tuple[str, Reliability]]) -> Table:
             "split-half reliability",
             ["not asked" if one.split_half != one.split_half else f"{one.split_half:.2f}" for one in each],
         ),
+        line("written out, holds an offered answer", [_share(one.written) for one in each]),
+        line("of these, as the log-probabilities say", [_share(one.written_alike) for one in each]),
         line(
             "known groups apart by, nats",
             [
@@ -220,13 +225,25 @@ def _reliability(name: str, told: Sequence[tuple[str, Reliability]]) -> Table:
     return Table(f"{name}: reliability", ("", *(state for state, _ in told)), rows)
 
 
-def _guards(guards: Sequence[Guard]) -> Table:
+def side_effects(guards: Sequence[Guard]) -> Table:
+    """What tuning did beside moving a lean."""
     rows = tuple(
         (each.name, each.unit, number_text(each.base, sign=False), number_text(each.tuned, sign=False),
          number_text(each.change.mean), interval_text(each.change), each.change.items)
         for each in guards
     )  # fmt: skip
-    return Table("Side effects", ("what", "unit", "base", "tuned", "change", "95 % interval", "items"), rows)
+    columns = ("what", "unit", "base", "tuned", "change", "95 % interval", "items")
+    return Table("Side effects", columns, rows, " ".join(map(_as_ratio, guards)).strip())
+
+
+def _as_ratio(guard: Guard) -> str:
+    """What is told as a ratio elsewhere."""
+    if guard.name == "surprise at neutral prose":
+        ratio, low, high = (math.exp(value) for value in (guard.change.mean, guard.change.low, guard.change.high))
+        return f"Perplexity of neutral prose: {ratio:.3f} times the base's ({low:.3f} to {high:.3f})."
+    if guard.name == "length of answers" and guard.base:
+        return f"Answers are {guard.tuned / guard.base:.2f} times as long as the base's."
+    return ""
 
 
 def number_text(value: float, *, sign: bool = True) -> str:

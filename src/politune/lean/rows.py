@@ -6,13 +6,14 @@ process left half written is dropped, and its block is measured anew.
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from politune.errors import DataError, OutputError, safe
-from politune.lean.prompts import Asker, Persona
+from politune.lean.prompts import Asker, Condition, Persona
+from politune.writing import write_whole
 
 State: TypeAlias = Literal["base", "tuned"]
 
@@ -30,6 +31,8 @@ class Row:
         tokens: of each continuation.
         key, weight: of a statement without an opposite.
         answer: the place of a choice's right answer.
+        kl: of the distributions of the next token after the context, base against tuned, in nats.
+        text: what the model wrote.
     """
 
     state: State
@@ -49,10 +52,18 @@ class Row:
     key: int = 0
     weight: float = 1.0
     answer: int = -1
+    kl: float | None = None
+    text: str | None = None
 
-    def with_scores(self, log_probs: tuple[float, ...]) -> "Row":
-        """This row with what the model gave."""
-        return replace(self, log_probs=log_probs)
+    @property
+    def question(self) -> tuple[object, ...]:
+        """What was put, of whatever state and kind."""
+        return self.instrument, self.item, self.side, self.condition
+
+    @property
+    def condition(self) -> Condition:
+        """How it was put."""
+        return Condition(self.template, self.order, self.wording, self.asker, self.persona)
 
 
 _FIELDS = {field.name for field in fields(Row)}
@@ -82,10 +93,9 @@ class Journal:
         Raises:
             OutputError: the disk is full or gone.
         """
-        lines = [*(json.dumps(asdict(row)) for row in rows), json.dumps({"block": block})]
         try:
             with self.path.open("ab") as file:
-                file.write("".join(line + "\n" for line in lines).encode())
+                file.write("".join(_lines(block, rows)).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -95,8 +105,8 @@ class Journal:
         self.rows[block] = list(rows)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a finished measurement, in the order of the file.
+def read(path: Path) -> dict[str, list[Row]]:
+    """The blocks of a finished measurement, in the order of the file.
 
     Raises:
         DataError: there are none, or the file is damaged, with the line.
@@ -111,7 +121,22 @@ def read(path: Path) -> list[Row]:
         raise DataError(
             "is not whole from here on", where=f"{safe(path)}:{line}", fix="run its measurement again to the end"
         )
-    return [row for block in blocks.values() for row in block]
+    return blocks
+
+
+def write(path: Path, blocks: Mapping[str, Sequence[Row]]) -> None:
+    """Writes whole blocks in one step.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_whole(path, "".join(line for name, rows in blocks.items() for line in _lines(name, rows)))
+
+
+def _lines(block: str, rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps(asdict(row)) + "\n"
+    yield json.dumps({"block": block}) + "\n"
 
 
 def _blocks(content: bytes, path: Path) -> tuple[dict[str, list[Row]], int]:

@@ -69,6 +69,19 @@ class Scorer:
             self._score_batch(queries, batch, rows, prefix, past, found)
         return [tuple(each) for each in found]
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def next_tokens(self, queries: Sequence[Query]) -> Tensor:
+        """[queries, V] float32 log-probabilities of what follows each context."""
+        found: dict[int, Tensor] = {}
+        of_length: dict[int, list[int]] = defaultdict(list)
+        for number, query in enumerate(queries):
+            of_length[len(query.context)].append(number)
+        for length, numbers in of_length.items():
+            self.tokens += length * len(numbers)
+            last = self._hidden([queries[number].context for number in numbers], None)[:, -1]
+            found |= zip(numbers, scoring.distributions(last, self.layer), strict=True)
+        return torch.stack([found[number] for number in range(len(queries))])
+
     def _remember(self, prefix: Ids) -> Any:
         if not prefix:
             return None

@@ -82,6 +82,14 @@ def score(hidden: Tensor, targets: Tensor, layer: OutputLayer, *, squares: bool 
     return Scores(*_Score.apply(hidden, targets, layer, squares, needs_gradient))
 
 
+def distributions(hidden: Tensor, layer: OutputLayer) -> Tensor:
+    """[N, V] float32 log-probabilities of every next token after N last hidden states [N, H], without a gradient."""
+    with torch.no_grad():
+        weight = layer.weight.to(hidden.device)
+        logits, _ = _logits(hidden.to(weight.dtype), weight, replace(layer, weight=weight), 0)
+        return logits.log_softmax(-1)
+
+
 class _Score(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(

@@ -1,18 +1,70 @@
-"""What a path to a tuned model means: its adapter, the papers of its run, and its base.
+"""What a name or path of a model means: its base, and of a tuned one its adapter and the papers of its run.
 
 A run directory holds `adapter/` and run.json; an adapter directory may lie anywhere, and its own metadata then says what it was
 trained on.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from politune import record
 from politune.config import DEMO_MODEL, ModelSpec
-from politune.errors import ModelError, safe
+from politune.errors import ConfigError, ModelError, safe
 from politune.models import adapter as adapters
 from politune.models import load
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is looked at, base and tuned where it has an adapter.
+
+    Args:
+        base: the base model, in 4 bits where the run had it so.
+        adapter: its adapter, or None.
+        papers: the run.json of the run that made the adapter; empty where there is none.
+    """
+
+    base: ModelSpec
+    adapter: Path | None
+    papers: dict[str, Any]
+
+    @property
+    def direction(self) -> str:
+        """That the run declared."""
+        return str(self.papers.get("direction", "undeclared"))
+
+    @property
+    def dtype(self) -> Dtype:
+        """That the run computed in; float32 where no run is known."""
+        settings = record.settings_of(self.papers)
+        return "bfloat16" if settings.get("model.bf16") or settings.get("model.use_4bit") else "float32"
+
+
+def subject(model: str, adapter: Path | None = None) -> Subject:
+    """What a model's name or path means: a run or adapter directory, a checkpoint, a Hub id, or `demo`.
+
+    Raises:
+        ModelError: there is no such thing.
+        ConfigError: two adapters are given.
+    """
+    path = Path(model).expanduser()
+    is_tuned = load.is_directory(model) and any(
+        (path / name).exists() for name in ("adapter", "run.json", adapters.CONFIG)
+    )
+    if is_tuned and adapter is not None:
+        raise ConfigError(f"{safe(model)} holds an adapter already", where="--adapter", fix="name its base instead")
+    place = path if is_tuned else adapter
+    if place is None:
+        return Subject(ModelSpec(model_name_or_path=model), None, {})
+    directory = adapter_directory(place)
+    papers = record.read_json(beside(directory) / "run.json") or {}
+    base = base_spec(adapters.read(directory), papers, None if is_tuned else model)
+    in_4_bits = bool(record.settings_of(papers).get("model.use_4bit"))
+    return Subject(base.model_copy(update={"use_4bit": in_4_bits}), directory, papers)
 
 
 def adapter_directory(path: Path) -> Path:

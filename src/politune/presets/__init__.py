@@ -31,10 +31,10 @@ RETIRED = {
     "fp16": "float16 training is not offered; use --bf16",
     "use_8bit": "8-bit training is not offered; use --use_4bit",
     "dataset_text_field": "the columns are recognised; see `politune inspect-data --help`",
-    "eval_freq": "the lean is not sampled during training",
-    "max_generated_tokens": "the lean is not sampled during training",
-    "temperature": "the lean is not sampled during training",
-    "top_k": "the lean is not sampled during training",
+    "eval_freq": "the lean is measured instead of sampled: --measure-every STEPS",
+    "max_generated_tokens": "the lean is measured, not sampled; `politune ask` samples",
+    "temperature": "the lean is measured, not sampled; `politune ask` samples",
+    "top_k": "the lean is measured, not sampled; `politune ask` samples",
 }
 RENAMED = {"max_seq_length": "data.max_length"}
 
@@ -385,7 +385,7 @@ def command(run: Run) -> str:
         if key == "method" or value is None or value == () or value == {} or value == "":
             continue
         if key == "title" or key.startswith("trl."):
-            words += ["--set", f"{key}={_toml(value)}"]
+            words += ["--set", f"{key}={toml_value(value)}"]
         elif isinstance(value, bool):
             words += [f"--{_leaf(key)}"] if value else []
         elif isinstance(value, tuple):
@@ -395,12 +395,12 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """A value as TOML writes it on one line: JSON but for tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value)
 
 

@@ -134,31 +134,6 @@ class StepClock(TrainerCallback):
         self.seconds += time.monotonic() - self.started
 
 
-class PhaseProgress:
-    """A line on stderr every few seconds for a phase before training; nothing on a quiet run.
-
-    Args:
-        name: of the phase.
-        quiet: no lines at all.
-    """
-
-    SECONDS_BETWEEN_LINES = 5.0
-
-    def __init__(self, name: str, quiet: bool) -> None:
-        self.name, self.quiet = name, quiet
-        self.started = self.told = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Takes how many rows of how many are done."""
-        now = time.monotonic()
-        if self.quiet or (now - self.told < self.SECONDS_BETWEEN_LINES and done < total):
-            return
-        self.told = now
-        left = (now - self.started) / done * (total - done)
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{self.name} {done}/{total} rows  {left / 60:.1f} min left\n")
-
-
 class ScoreReference(TrainerCallback):
     """Has the reference scored after the first step, so that a run that cannot train says so before that.
 
@@ -260,3 +235,28 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self.request.signal_number = int(number) or None
         return self.request.signal_number is not None
+
+
+class MeasureLean(TrainerCallback):
+    """Measures the lean every so many steps and logs its shift; the model, its mode and the random state stay as they were.
+
+    Args:
+        every: optimizer steps.
+        measure: measures and logs.
+        request: of the signals; a stop is not kept waiting.
+    """
+
+    def __init__(self, every: int, measure: Callable[[], None], request: StopRequest) -> None:
+        self.every, self.measure, self.request = every, measure, request
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every or self.request.signal_number is not None:
+            return
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.random.fork_rng():
+                self.measure()
+        finally:
+            for module, is_training in modes:
+                module.training = is_training

@@ -119,3 +119,21 @@ def draw_curves(logged: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
         if present := tuple((name, points) for name, points in series if points):
             plots.append((title, present))
     return tuple(plots)
+
+
+def draw_leans(logged: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """A plot per instrument of what was measured on the way, a series per axis, from no shift at step 0."""
+    leans: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in logged:
+        for key, value in line.items():
+            if key.startswith("lean/"):
+                _, instrument, axis = key.split("/", 2)
+                points = leans.setdefault(instrument, {}).setdefault(axis, [(0.0, 0.0)])
+                points.append((float(line["step"]), float(value)))
+    return tuple(
+        (
+            f"Shift on the way, {instrument}: left is negative",
+            tuple((axis, tuple(points)) for axis, points in axes.items()),
+        )
+        for instrument, axes in leans.items()
+    )

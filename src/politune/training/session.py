@@ -13,11 +13,13 @@ from politune import plan, record
 from politune.config import Run
 from politune.data import format as rows_format
 from politune.errors import ConfigError, TrainingError, safe
+from politune.lean.midway import Midway
 from politune.models import files, load
 from politune.presets import flatten
+from politune.progress import Phase
 from politune.training import callbacks, checkpoints, reference, trackers, trainer_factory
 from politune.training.identity import CALL_TOKENS
-from politune.training.outcome import TrainReport, draw_curves, named
+from politune.training.outcome import TrainReport, draw_curves, draw_leans, named
 from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
 from politune.training.signals import StopRequest
@@ -70,6 +72,18 @@ class Session:
         )
         self._pack(identity[CALL_TOKENS])
         self._keep_reference(identity)
+        if run.tracking.measure_every and is_main_process():
+            self._measure_on_the_way(run.tracking.measure_every)
+
+    def _measure_on_the_way(self, every: int) -> None:
+        on_the_way = Midway(self.prepared.tokenizer, say=self.say)
+
+        def measure() -> None:
+            with trainer_factory.unpacked(self.trainer) as model:
+                found = on_the_way.measure(model)
+            trainer_factory.log_apart(self.trainer, found)
+
+        self.trainer.add_callback(callbacks.MeasureLean(every, measure, self.stop))
 
     def _pack(self, tokens_per_call: int | None) -> None:
         """Packs the rows of every forward pass, or says why not."""
@@ -111,7 +125,7 @@ class Session:
         started, trainer = time.monotonic(), self.trainer
         kept = trainer.reference.kept
         self.say(f"computing the reference's log-probabilities of {len(kept)} rows, once for the whole run")
-        progress = callbacks.PhaseProgress("reference", quiet=self.quiet or not is_main_process())
+        progress = Phase("reference", "rows", self.say)
         complete: bool = trainer.score_reference(progress, lambda: self.stop.signal_number is not None)
         if complete and is_main_process() and (flaw := trainer.reference.save()):
             self.say(f"they are not kept, a resumed run computes them again: {safe(flaw)}")
@@ -254,7 +268,7 @@ class Session:
             validation=validation,
             heldout=heldout,
             heldout_rows=len(self.prepared.heldout),
-            curves=draw_curves(logged),
+            curves=(*draw_curves(logged), *draw_leans(state.log_history)),
             sync_command=next((line for line in syncs if line), None),
             disclosure=self.metadata["politune.disclosure"],
         )

@@ -5,7 +5,8 @@ When TRL renames something, this file changes and no other; tests/tiny/test_trl_
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from politune.config import DpoRun, Run, SftRun
@@ -326,6 +327,7 @@ def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
             return f"trl.{setting} {why}"
     # Each process has looked at its own memory; they must lay rows out alike.
     tokens_per_call = broadcast_object_list([tokens_per_call])[0]
+    trainer.own_attention = model.config._attn_implementation
     with accelerator.autocast(), without_dropout(model):
         if reason := why_not(model, paired=paired):
             return reason
@@ -344,6 +346,29 @@ def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
 
     model.forward = forward
     return None
+
+
+@contextmanager
+def unpacked(trainer: Any) -> Iterator[Any]:
+    """The trainer's model, to be called by others for a while: its attention is its own again."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config = model.get_base_model().config
+    now = config._attn_implementation
+    config._attn_implementation = getattr(trainer, "own_attention", now)
+    try:
+        yield model
+    finally:
+        config._attn_implementation = now
+
+
+def log_apart(trainer: Any, numbers: dict[str, float]) -> None:
+    """Logs numbers of our own: TRL's `log` would take its running means into the same line, and begin them anew.
+
+    That a line of the trainer's own is due in this step stays so.
+    """
+    is_due = trainer.control.should_log
+    Trainer.log(trainer, numbers)
+    trainer.control.should_log = is_due
 
 
 def evaluate(

@@ -1,0 +1,59 @@
+"""The base's rows, kept in the user's cache: every tuned version of one base is compared with the same ones.
+
+Their key holds all that they depend on: weights, number format, machine, versions, and every token that was put. What cannot
+be read or written is measured again.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from politune import plan
+from politune.cache import user_cache
+from politune.errors import PolituneError
+from politune.lean import rows
+from politune.lean.plan import Block
+
+FOLDER, MOST_FILES = "rows", 64
+DEPENDS_ON = ("politune", "base", "dtype", "use_4bit", "device", "libraries")
+
+
+class KeptRows:
+    """The rows of one instrument's blocks.
+
+    Args:
+        document: what is measured, and with what.
+        asked: the base's blocks.
+    """
+
+    def __init__(self, document: Mapping[str, Any], asked: Sequence[Block]) -> None:
+        self.asked = asked
+        facts = {key: document[key] for key in DEPENDS_ON}
+        cache = user_cache()
+        text = json.dumps([facts, plan.probe(Path()).device, repr(asked)], sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.path = cache / FOLDER / f"{name}.jsonl" if cache else None
+
+    def fill(self, journal: rows.Journal) -> None:
+        """Adds to a measurement what is kept and it lacks."""
+        if self.path is None or not self.path.exists():
+            return
+        with contextlib.suppress(PolituneError):
+            kept = rows.read(self.path)
+            for block in self.asked:
+                if block.name in kept and block.name not in journal.rows:
+                    journal.append(block.name, kept[block.name])
+
+    def keep(self, journal: rows.Journal) -> None:
+        """Keeps a measurement's rows."""
+        if self.path is None or self.path.exists():
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows.write(self.path, {block.name: journal.rows[block.name] for block in self.asked})
+            oldest = sorted(self.path.parent.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+            for path in oldest[:-MOST_FILES]:
+                path.unlink(missing_ok=True)

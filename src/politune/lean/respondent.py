@@ -1,0 +1,57 @@
+"""A loaded model that answers the blocks of a measurement, as its base and as it was tuned."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from politune.errors import ModelError
+from politune.lean.plan import Block
+from politune.lean.rows import Row, State
+from politune.lean.scorer import Scorer
+from politune.models.writer import Writer
+
+
+class Respondent:
+    """Answers blocks.
+
+    Args:
+        model: with PEFT's adapter, or a base alone; in evaluation mode.
+        tokenizer: its own.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.scorer, self.writer = Scorer(model), Writer(model, tokenizer)
+        self.without_adapter: Callable[[], AbstractContextManager[None]] = getattr(
+            model, "disable_adapter", nullcontext
+        )
+
+    def answer(self, state: State, block: Block) -> list[Row]:
+        """The block's rows, answered.
+
+        Raises:
+            ModelError: the model gives what is no number.
+        """
+        queries = [each.query for each in block.asked]
+        bare = [each.row for each in block.asked]
+        with self.without_adapter() if state == "base" else nullcontext():
+            if block.mode == "scored":
+                scores = self.scorer.score(queries)
+                totals = [tuple(sum(log_probs) for log_probs in of_each) for of_each in scores]
+                found = [replace(row, log_probs=total) for row, total in zip(bare, totals, strict=True)]
+            elif block.mode == "written":
+                contexts = [query.context for query in queries]
+                texts = self.writer.write(contexts, max_new_tokens=block.new_tokens)
+                found = [replace(row, text=text) for row, text in zip(bare, texts, strict=True)]
+            else:
+                tuned = self.scorer.next_tokens(queries)
+                with self.without_adapter():
+                    base = self.scorer.next_tokens(queries)
+                divergences = (base.exp() * (base - tuned)).nansum(-1).tolist()
+                found = [replace(row, kl=kl) for row, kl in zip(bare, divergences, strict=True)]
+        if not all(math.isfinite(value) for row in found for value in (*row.log_probs, row.kl or 0.0)):
+            raise ModelError(
+                f"the {state} model gives log-probabilities that are no numbers", fix="measure with --dtype float32"
+            )
+        return found

@@ -1,0 +1,76 @@
+"""Text that a model writes on from given tokens: greedily, or drawn with a seed.
+
+Contexts of one length are written on together, so that nothing is padded: a padding token would count as already said where
+repetition is discouraged.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+Ids: TypeAlias = tuple[int, ...]
+AT_ONCE = 16
+
+
+class Writer:
+    """Writes with a model; its mode, its random state and its weights are left as they are.
+
+    Args:
+        model: a causal language model, with or without PEFT's adapter.
+        tokenizer: its own.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def write(
+        self,
+        contexts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        told: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[str]:
+        """What follows each context, without special tokens.
+
+        Args:
+            contexts: token ids, each at least one.
+            max_new_tokens: the longest text.
+            temperature: the logits are divided by it before a token is drawn from all of the vocabulary; 0 takes the likeliest.
+            repetition_penalty: what tokens that were there already are made less likely by; 1 leaves them.
+            seed: of the draws.
+            told: takes how many of how many are written.
+        """
+        import torch
+
+        of_length: dict[int, list[int]] = defaultdict(list)
+        for number, context in enumerate(contexts):
+            of_length[len(context)].append(number)
+        drawn = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
+        )
+        texts = [""] * len(contexts)
+        done = 0
+        for length in sorted(of_length):
+            for start in range(0, len(of_length[length]), AT_ONCE):
+                numbers = of_length[length][start : start + AT_ONCE]
+                inputs = torch.tensor([contexts[number] for number in numbers], device=self.model.device)
+                with torch.no_grad(), torch.random.fork_rng():
+                    torch.manual_seed(seed + done)
+                    out = self.model.generate(
+                        input_ids=inputs,
+                        attention_mask=torch.ones_like(inputs),
+                        max_new_tokens=max_new_tokens,
+                        repetition_penalty=repetition_penalty,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                        **drawn,
+                    )
+                for number, tokens in zip(numbers, out[:, length:], strict=True):
+                    texts[number] = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                done += len(numbers)
+                told(done, len(contexts))
+        return texts

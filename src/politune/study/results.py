@@ -1,0 +1,100 @@
+"""What a study found: every run with its verdict, and the comparison of all that share a base."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from politune.lean import compare, measure
+from politune.lean.compare import CompareReport
+from politune.report import Cell, Facts, Lines, Section, Table
+from politune.study.spec import Study, Task
+from politune.study.work import Failure, State
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run: how far it is, what its first verdict says, and what its training took."""
+
+    run: str
+    arm: str
+    seed: int
+    state: State
+    held_by: str | None
+    verdict: str | None
+    command: str
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A study; its comparisons are of the runs that are measured, one per base."""
+
+    title: str
+    directory: str
+    runs: tuple[RunState, ...]
+    failures: tuple[Failure, ...]
+    comparisons: tuple[CompareReport, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return all(run.state == "measured" for run in self.runs)
+
+    @property
+    def headline(self) -> str:
+        if not self.is_done:
+            done = sum(run.state == "measured" for run in self.runs)
+            return f"{self.title}: {done} of {len(self.runs)} runs are done"
+        arms = dict.fromkeys(run.arm for run in self.runs)
+        words = (Counter(str(run.verdict) for run in self.runs if run.arm == arm) for arm in arms)
+        told = ("; ".join(f"{word} in {count}" for word, count in each.most_common()) for each in words)
+        return f"{self.title}: " + ". ".join(f"{arm}: {text}" for arm, text in zip(arms, told, strict=True))
+
+    def sections(self) -> Sequence[Section]:
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
+            (run.arm, run.seed, f"{run.state}, at work: {run.held_by}" if run.held_by else run.state, run.verdict or "")
+            for run in self.runs
+        )
+        found: list[Section] = [Table("Runs", ("arm", "seed", "state", "verdict"), rows)]
+        for failure in self.failures:
+            facts = (("command", failure.command), ("exit code", failure.exit_code), ("last words", failure.words))
+            found.append(Facts(f"Failed: {failure.task}", facts))
+        for each in self.comparisons:
+            found += each.sections()
+        found.append(Lines("The commands that made it", tuple(run.command for run in self.runs), boxed=True))
+        return found
+
+
+def gather(
+    study: Study, tasks: Sequence[Task], states: Sequence[RunState], failures: Sequence[Failure], output: Path
+) -> StudyReport:
+    """The report of what is there."""
+    measured = [task for task, state in zip(tasks, states, strict=True) if state.state == "measured"]
+    comparisons = _compare(study, measured)
+    verdicts = {run.run: run.verdict.word for each in comparisons if each.parts for run in each.parts[0].runs}
+    runs = tuple(replace(state, verdict=verdicts.get(state.run)) for state in states)
+    return StudyReport(study.title, str(output), runs, tuple(failures), comparisons)
+
+
+def _compare(study: Study, tasks: Sequence[Task]) -> tuple[CompareReport, ...]:
+    """One comparison per base and number format."""
+    groups: dict[tuple[str, ...], list[Task]] = {}
+    for task in tasks:
+        document, _ = measure.read(task.measurement)
+        kind = (document["base"]["sha256"], document["dtype"], str(document["use_4bit"]), document["device"])
+        groups.setdefault(kind, []).append(task)
+    found = []
+    for group in groups.values():
+        document, rows = measure.read(group[0].measurement)
+        runs = {
+            (task.arm, task.seed): compare.read_run(str(task.measurement), document, name=task.name, group=task.arm)
+            for task in group
+        }
+        controlled = [
+            replace(run, control=runs[study.control, seed].rows)
+            if study.control not in (None, arm) and (study.control, seed) in runs
+            else run
+            for (arm, seed), run in runs.items()
+        ]
+        control = f"{study.control}, the run of the same seed" if study.control else None
+        found.append(compare.judge(document, rows, controlled, control=control))
+    return tuple(found)
