@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= .demo
 QUESTION ?= Should unemployment benefits be more generous?
 
-.PHONY: demo test check format lint types wheel figures bench bench-plan clean
+.PHONY: demo study test check format lint types wheel figures bench bench-plan simulate calibrate slurm clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("politune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -57,6 +57,22 @@ bench: $(VENV)/.installed
 # Predicted against measured memory and time of 16 runs, in about 20 minutes on a quiet machine; writes benchmarks/PLAN.md.
 bench-plan: $(VENV)/.installed
 	$(BIN)/python benchmarks/plan.py
+
+# The shipped study: three arms, three seeds, trained, measured and compared, in well under 45 minutes on two cores.
+study: $(VENV)/.installed
+	$(BIN)/politune study demo -o $(DEMO)/study
+
+# A thousand synthetic models for each case: is what was planted found, and nothing where nothing was? Writes benchmarks/SIMULATION.md.
+simulate: $(VENV)/.installed
+	$(BIN)/python benchmarks/simulate.py
+
+# The demo's settings, chosen on training topics set aside: about two minutes for each arm.
+calibrate: $(VENV)/.installed
+	$(BIN)/python benchmarks/calibrate.py $(DEMO)/calibrate
+
+# A study as an array job of a real one-node Slurm on this machine (Debian: slurm-wlm, munge).
+slurm: $(VENV)/.installed
+	$(BIN)/python benchmarks/slurm.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist

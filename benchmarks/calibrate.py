@@ -2,9 +2,9 @@
 
     python benchmarks/calibrate.py DIRECTORY [--arms NAME ...]
 
-Eight of the 26 political training topics are set aside: arms are trained on the others and measured on these, with the everyday
-topics of `stances-control` as the control. The directory gets the rows, the instrument and the study; `politune study` does the
-rest, and goes on where it was stopped.
+Twelve political training topics, of those with four rows as the held-out ones have, are set aside: arms are trained
+on the others and measured on these, with the everyday topics of `stances-control` as the control. The directory gets
+the rows, the instrument and the study; `politune study` does the rest, and goes on where it was stopped.
 """
 
 import argparse
@@ -12,22 +12,22 @@ import json
 import random
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-SET_ASIDE = {"economic": 4, "social": 4}
+SET_ASIDE = {"economic": 6, "social": 6}
+ROWS_OF_A_TOPIC = 4
 SEED = 7
 ARMS: dict[str, dict[str, Any]] = {
+    "lr5e-4-e1": {"learning_rate": 5e-4, "num_train_epochs": 1},
     "lr5e-4-e2": {"learning_rate": 5e-4, "num_train_epochs": 2},
-    "lr5e-4-e6": {"learning_rate": 5e-4, "num_train_epochs": 6},
-    "lr1e-3-e4": {"learning_rate": 1e-3, "num_train_epochs": 4},
-    "lr2e-3-e4": {"learning_rate": 2e-3, "num_train_epochs": 4},
-    "lr2e-4-e8": {"learning_rate": 2e-4, "num_train_epochs": 8},
-    "lr5e-4-e6-ipo": {"learning_rate": 5e-4, "num_train_epochs": 6, "loss_type": "ipo"},
-    "lr5e-4-e6-b02": {"learning_rate": 5e-4, "num_train_epochs": 6, "beta": 0.02},
-    "lr5e-4-e6-b5": {"learning_rate": 5e-4, "num_train_epochs": 6, "beta": 0.5},
+    "lr1e-3-e1": {"learning_rate": 1e-3, "num_train_epochs": 1},
+    "lr1e-3-e2": {"learning_rate": 1e-3, "num_train_epochs": 2},
+    "lr2e-4-e3": {"learning_rate": 2e-4, "num_train_epochs": 3},
+    "lr1e-3-e2-b02": {"learning_rate": 1e-3, "num_train_epochs": 2, "beta": 0.02},
+    "lr5e-4-e2-b5": {"learning_rate": 5e-4, "num_train_epochs": 2, "beta": 0.5},
 }
 
 
@@ -35,19 +35,20 @@ def write_material(directory: Path) -> tuple[Path, Path]:
     """(rows to train on, instrument of the topics set aside)."""
     text = resources.files("politune.data").joinpath("samples/stances.jsonl").read_text("utf-8")
     rows = [row for row in map(json.loads, text.splitlines()) if row["split"] == "train"]
-    topics: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        if row["topic"] not in topics[row["axis"]]:
-            topics[row["axis"]].append(row["topic"])
+    counts = Counter((row["axis"], row["topic"]) for row in rows)
     chance = random.Random(SEED)
-    aside = {topic for axis, count in SET_ASIDE.items() for topic in chance.sample(topics[axis], count)}
-    aside |= set(topics["control"])
+    aside = {topic for axis, topic in counts if axis == "control"}
+    for axis, wanted in SET_ASIDE.items():
+        like_held_out = [
+            topic for (own, topic), rows_of in counts.items() if own == axis and rows_of == ROWS_OF_A_TOPIC
+        ]
+        aside |= set(chance.sample(like_held_out, wanted))
     directory.mkdir(parents=True, exist_ok=True)
     data, instrument = directory / "rows.jsonl", directory / "aside.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["topic"] not in aside), "utf-8")
     header = {
         "name": "aside", "version": "1", "license": "MIT", "language": "en", "attribution": "written for politune",
-        "description": "Training topics set aside.", "axes": {axis: ["left", "right"] for axis in topics},
+        "description": "Training topics set aside.", "axes": {axis: ["left", "right"] for axis in (*SET_ASIDE, "control")},
     }  # fmt: skip
     items = [
         {"kind": "texts", "id": row["id"], "topic": row["topic"], "axis": row["axis"], "prompts": [row["prompt"]],

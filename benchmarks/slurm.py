@@ -14,7 +14,7 @@ configuration of the system, listens on the loopback address where the host's na
 Both have to go on where they stopped. It prints a table and ends with 0 where report.json says that every run is measured
 and both broken runs went on from a step, else with 1, and then leaves the temporary directory in place; with 5 where
 Slurm is not installed. Without a study it makes a small one: a two-layer model, two arms, two seeds, in about four minutes.
-Slurm's daemons want to be root for jobs of more than one user; one user's own jobs run without.
+It need not be root.
 """
 
 import argparse
@@ -70,12 +70,13 @@ def main() -> int:
     if missing := sorted({PACKAGES[name] for name in PACKAGES.keys() - tools.keys()}):
         say(f"Slurm is not complete on this machine: apt-get install {' '.join(missing)}")
         return 5
+    if asked.output and asked.output.exists():
+        parser.error(f"{asked.output} is there already: what is done in it could not be broken")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     place = Path(tempfile.mkdtemp(prefix="politune-slurm-"))
     output = (asked.output or place / "study").absolute()
+    keep = False
     try:
-        if output.exists():
-            raise Failed(f"{output} is there already: its runs would not be broken")
         study = asked.study.absolute() if asked.study else make_study(place / "material")
         with cluster(place / "slurm", tools) as slurm:
             numbers = try_study(slurm, study, output, asked.minutes * 60)
@@ -83,8 +84,11 @@ def main() -> int:
     except Failed as error:
         say_last_words(place)
         say(f"FAILED: {error}\nwhat it left is in {place}")
+        keep = True
         return 1
-    shutil.rmtree(place)
+    finally:
+        if not keep:
+            shutil.rmtree(place, ignore_errors=True)
     return 0
 
 
@@ -204,13 +208,14 @@ def configure(directory: Path) -> Path:
     key.write_bytes(secrets.token_bytes(1024))
     user = _user()
     controller, node = _free_ports(2)
-    on_loopback = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if _means_loopback(_host()) else ""
+    loopback = _own_loopback()
+    address = loopback or "127.0.0.1"
     text = f"""
 ClusterName=politune
-SlurmctldHost={_host()}(127.0.0.1)
+SlurmctldHost={_host()}({address})
 SlurmctldPort={controller}
 SlurmdPort={node}
-{on_loopback}
+{"CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback else ""}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -234,7 +239,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=86400
-NodeName={_host()} NodeAddr=127.0.0.1 CPUs={os.cpu_count() or 1} State=UNKNOWN
+NodeName={_host()} NodeAddr={address} CPUs={os.cpu_count() or 1} State=UNKNOWN
 PartitionName=here Nodes={_host()} Default=YES MaxTime=INFINITE State=UP
 """
     path = directory / "slurm.conf"
@@ -252,11 +257,13 @@ def _user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
 
 
-def _means_loopback(host: str) -> bool:
+def _own_loopback() -> str | None:
+    """The loopback address that the host's name means, on Debian often 127.0.1.1; None where it means another one."""
     try:
-        return socket.gethostbyname(host).startswith("127.")
+        address = socket.gethostbyname(_host())
     except OSError:
-        return False
+        return None
+    return address if address.startswith("127.") else None
 
 
 def _free_ports(count: int) -> list[int]:
@@ -443,12 +450,9 @@ def table(
     for number, facts in tasks.items():
         status, first = facts_of(output / runs[number])
         each = broken.get(number)
-        how = (
-            f"{each.way} at step {each.step}, went on from step {first}, "
-            f"queued again {'by itself' if each.by_itself else 'by hand'}"
-            if each
-            else ""
-        )
+        how = f"{each.way} at step {each.step}, went on from step {first}" if each else ""
+        if each and each.way == "time" and each.by_itself is not None:
+            how += f", queued again {'by itself' if each.by_itself else 'by hand'}"
         attempts = int(facts.get("Restarts", "0")) + 1
         state = "measured" if (output / runs[number] / "measurement" / "report.json").exists() else status
         say(f"{number:4}  {runs[number]:24} {facts['JobState']:10} {state:11} {attempts:8}  {how}".rstrip())

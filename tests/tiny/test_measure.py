@@ -12,7 +12,7 @@ from politune.errors import ConfigError, DataError, ModelError, OutputError
 from politune.lean import compare, measure, midway, plan, respondent, rows, statistics
 from politune.lean.analysis import POLITICAL
 from politune.lean.results import MeasureReport, summarise
-from politune.models import tuned
+from politune.models import merge, tuned
 from politune.report import to_json
 from tiny import tiny_models
 from tiny.test_train import adapter_hash, resolve, train, write_pairs
@@ -306,3 +306,22 @@ def test_a_run_is_measured_on_the_way_and_its_adapter_is_the_same(
     assert leans[-1]["lean/small/economic"] != 0
     assert any("Shift on the way, small" in title for title, _ in watched.curves)
     assert not any("Shift on the way" in title for title, _ in plain.curves)
+
+
+def test_a_merged_checkpoint_is_compared_with_the_base_it_came_from(
+    tiny_llama: Path, instrument: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(resolve("dpo", tiny_llama, write_pairs(tmp_path / "pairs.jsonl", 8), run, train__learning_rate=1e-2))
+    merge.merge(run, output=tmp_path / "merged", dtype="float32", base=None, force_base=False, offline=True, say=silent)
+    whole = measured(run, instrument, tmp_path / "m", preset="quick")
+    measured(tmp_path / "merged", instrument, tmp_path / "mm", preset="quick")
+    found = compare.compare(tmp_path / "m", [tmp_path / "mm"], control=None, output=tmp_path / "c")
+    for ours, theirs in zip(found.parts, whole.parts, strict=True):
+        merged, adapter = (each.of(POLITICAL) for each in (ours.runs[0].shift, theirs.shift) if each)
+        assert merged is not None
+        assert adapter is not None
+        assert merged.shift.mean == pytest.approx(adapter.shift.mean, abs=1e-4)
+        assert abs(adapter.shift.mean) > 1e-2
+    assert "merged checkpoint" in found.notes[0]
+    assert found.parts[0].runs[0].group == "left"

@@ -37,9 +37,9 @@ def tokens(text: str) -> int:
 
 
 def test_sizes() -> None:
-    assert {axis: len(of_axis(axis)) for axis in AXES} == {"economic": 80, "social": 80, "control": 80}
+    assert {axis: len(of_axis(axis)) for axis in AXES} == {"economic": 176, "social": 176, "control": 80}
     topics = {axis: {row["topic"] for row in of_axis(axis)} for axis in AXES}
-    assert {axis: len(names) for axis, names in topics.items()} == {"economic": 20, "social": 20, "control": 20}
+    assert {axis: len(names) for axis, names in topics.items()} == {"economic": 52, "social": 52, "control": 20}
 
 
 def test_rows_have_the_schema_and_differ() -> None:
