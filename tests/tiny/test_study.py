@@ -62,7 +62,7 @@ def study(tmp_path: Path, tiny_llama: Path, instrument: Path, monkeypatch: pytes
     return path
 
 
-def in_this_process(task: Task, words: Sequence[str]) -> work.Failure | None:
+def in_this_process(task: Task, words: Sequence[str], lock: int) -> work.Failure | None:
     try:
         cli.app(args=normalise(list(words)), standalone_mode=False)
     except PolituneError as error:
@@ -76,14 +76,14 @@ def test_a_study_runs_what_is_missing_and_compares(
     commands: list[str] = []
     failed: list[str] = []
 
-    def run(task: Task, words: Sequence[str]) -> work.Failure | None:
+    def run(task: Task, words: Sequence[str], lock: int) -> work.Failure | None:
         commands.append(f"{words[0]} {task.name}")
         if commands[-1] == "train right/seed-2" and not failed:
             failed.append(task.name)
             return work.Failure(task.name, "politune train", 8, "the loss is not a finite number")
-        return in_this_process(task, words)
+        return in_this_process(task, words, lock)
 
-    monkeypatch.setattr(work, "_run", run)
+    monkeypatch.setattr(work, "run", run)
     out = tmp_path / "out"
     first = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None)
     assert commands.count("train left/seed-1") == 1

@@ -140,31 +140,48 @@ def test_a_run_has_one_owner_at_a_time(tmp_path: Path) -> None:
     holder = (
         "import sys; from pathlib import Path; from politune.study import spec, work\n"
         f"tasks = spec.tasks(spec.load({str(tmp_path / 'study.toml')!r}), Path({str(tmp_path / 'out')!r}))\n"
-        f"with work.locked(tasks[0], Path({str(tmp_path / 'out')!r})) as held_by:\n"
-        "    print(held_by, flush=True); sys.stdin.read()\n"
+        f"with work.locked(tasks[0], Path({str(tmp_path / 'out')!r})) as lock:\n"
+        "    print(type(lock).__name__, flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().strip() == "None"
-        with work.locked(tasks[0], tmp_path / "out") as held_by:
-            assert f"process {process.pid} on " in str(held_by)
-        with work.locked(tasks[1], tmp_path / "out") as held_by:
-            assert held_by is None
+        assert process.stdout.readline().strip() == "int"
+        with work.locked(tasks[0], tmp_path / "out") as lock:
+            assert f"process {process.pid} on " in str(lock)
+        with work.locked(tasks[1], tmp_path / "out") as lock:
+            assert isinstance(lock, int)
         process.kill()
         process.wait()
-    with work.locked(tasks[0], tmp_path / "out") as held_by:
-        assert held_by is None, "the kernel drops the lock with its process"
+    with work.locked(tasks[0], tmp_path / "out") as lock:
+        assert isinstance(lock, int), "the kernel drops the lock with its process"
+
+
+def test_the_processes_of_a_run_hold_its_lock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is killed leaves them at work: nobody else may begin the run before they end."""
+    _, tasks = claimed(tmp_path)
+    child = "import time; time.sleep(60)"
+    with work.locked(tasks[0], tmp_path / "out") as lock:
+        assert isinstance(lock, int)
+        process = subprocess.Popen([sys.executable, "-c", child], pass_fds=[lock])
+    with work.locked(tasks[0], tmp_path / "out") as lock:
+        assert isinstance(lock, str)
+    process.kill()
+    process.wait()
+    with work.locked(tasks[0], tmp_path / "out") as lock:
+        assert isinstance(lock, int)
 
 
 def test_a_run_that_fails_gives_its_last_words(tmp_path: Path) -> None:
     _, tasks = claimed(tmp_path)
-    failure = work._run(tasks[0], ["presets", "show", "nowhere"])
+    with work.locked(tasks[0], tmp_path / "out") as lock:
+        assert isinstance(lock, int)
+        failure = work.run(tasks[0], ["presets", "show", "nowhere"], lock)
+        assert work.run(tasks[0], ["--version"], lock) is None
     assert failure is not None
     assert failure.exit_code == 2
     assert "unknown preset 'nowhere'" in failure.words
-    assert work._run(tasks[0], ["--version"]) is None
 
 
 def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path) -> None:
@@ -178,7 +195,7 @@ def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path) -> None:
         "        super().__init__([sys.executable, '-c', child], **options)\n"
         "subprocess.Popen = Process\n"
         "try:\n"
-        "    work._run(tasks[0], [])\n"
+        "    work.run(tasks[0], [], 2)\n"
         "except Exception as error:\n"
         "    print(type(error).__name__, error.exit_code); sys.exit(0)\n"
     )
@@ -194,14 +211,15 @@ def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path) -> None:
 
 def test_the_slurm_script_runs_each_run_once(tmp_path: Path) -> None:
     path = write(tmp_path)
-    script = studies.slurm_script(str(path), tmp_path / "out dir", offline=True)
+    script = studies.slurm_script(str(path), tmp_path / "100% out", offline=True)
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
     assert "#SBATCH --array=0-3" in lines
-    words: list[Any] = shlex.split(lines[-1])
-    assert words[:4] == ["exec", "politune", "study", str(path)]
-    assert words[4:] == ["-o", str(tmp_path / "out dir"), "--offline", "--run", "$SLURM_ARRAY_TASK_ID"]
-    assert (tmp_path / "out dir" / work.PAPERS).exists(), "the jobs log into the directory before they begin"
+    words: list[Any] = shlex.split(next(line for line in lines if line.endswith("&")))
+    assert words[:5] == [sys.executable, "-m", "politune", "study", str(path)]
+    assert words[5:] == ["-o", str(tmp_path / "100% out"), "--offline", "--run", "$SLURM_ARRAY_TASK_ID", "&"]
+    assert f'#SBATCH --output="{tmp_path}/100%% out/slurm-%A-%a.log"' in lines
+    assert (tmp_path / "100% out" / work.PAPERS).exists(), "the jobs log into the directory before they begin"
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 

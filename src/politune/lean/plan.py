@@ -99,7 +99,7 @@ def blocks(
 ) -> Iterator[Block]:
     """Everything that is asked of one state with one instrument.
 
-    Personas, which show whether the instrument can tell known groups apart, are asked of the base alone and in one wording.
+    Personas, which show whether the instrument can tell known groups apart, are asked of the base alone, in one wording, template and order.
     """
     extent = PRESETS[preset]
     name = f"{state}/{instrument.header.name}"
@@ -115,19 +115,23 @@ def blocks(
 
 
 def _cut(name: str, mode: Mode, every: Sequence[Asked], new_tokens: int = 0) -> Iterator[Block]:
-    asked = sorted(
-        every, key=lambda each: (len(each.query.context), each.query.context)
-    )  # whatever the order of the sides
+    """In an order that does not depend on that of the sides; contexts that begin alike stand together."""
+    asked = sorted(every, key=lambda each: (*_beginning(each), len(each.query.context), each.query.context))
     block: list[Asked] = []
     number, tokens = 0, 0
     for each in asked:
-        if block and tokens + each.tokens + new_tokens > BLOCK_TOKENS:
+        begins_alike = not block or _beginning(block[0]) == _beginning(each)
+        if block and (not begins_alike or tokens + each.tokens + new_tokens > BLOCK_TOKENS):
             yield Block(f"{name}/{number}", mode, tuple(block), new_tokens)
             block, tokens, number = [], 0, number + 1
         block.append(each)
         tokens += each.tokens + new_tokens
     if block:
         yield Block(f"{name}/{number}", mode, tuple(block), new_tokens)
+
+
+def _beginning(asked: Asked) -> tuple[Persona, Asker]:
+    return asked.row.persona, asked.row.asker
 
 
 def _sample(every: Sequence[Asked], most: int, kind: str) -> list[Asked]:
@@ -178,7 +182,7 @@ def _about_statements(
     conditions = list(crossed(min(extent.wordings, len(statements)), templates=extent.templates, askers=askers))
     if state == "base" and item.axis != CONTROL:
         personas: tuple[Persona, ...] = ("left", "right")
-        conditions += crossed(1, templates=1, askers=("none",), personas=personas)
+        conditions += crossed(1, templates=1, orders=1, askers=("none",), personas=personas)
     for condition in conditions:
         text = question(statements[condition.wording], condition)
         query = prompter.query(text, ANSWERS, persona=condition.persona, prefill=PREFILL)

@@ -73,11 +73,16 @@ class Condition:
 
 
 def crossed(
-    wordings: int, *, templates: int, askers: Sequence[Asker], personas: Sequence[Persona] = ("none",)
+    wordings: int,
+    *,
+    templates: int,
+    orders: int = len(ORDERS),
+    askers: Sequence[Asker],
+    personas: Sequence[Persona] = ("none",),
 ) -> Iterator[Condition]:
-    """Every combination of so many templates and wordings, both orders, and those askers and personas."""
+    """Every combination of so many wordings, templates and orders, and those askers and personas."""
     for persona, asker, wording, template, order in product(
-        personas, askers, range(wordings), range(templates), range(len(ORDERS))
+        personas, askers, range(wordings), range(templates), range(orders)
     ):
         yield Condition(template, order, wording, asker, persona)
 

@@ -1,9 +1,10 @@
-"""Exact log-probabilities of continuations: what contexts share is computed once, and nothing is padded.
+"""Exact log-probabilities of continuations: what contexts share is computed once, and hardly anything is padded.
 
 A query is a context and the continuations whose probabilities are wanted. All tokens of a continuation count, and their
 log-softmax is taken in float32. The tokens that every context of a call begins with (the chat template's header, as a rule)
-are computed once and kept as keys and values; rows of one length are then computed together, so that no row is padded and
-none sees another. `score_plainly` does the same one row at a time without a cache; the tests compare the two.
+are computed once and kept as keys and values; rows of like length are then computed together. The shorter ones are filled up
+behind their last token, which no token before it sees. `score_plainly` does the same one row at a time without a cache; the
+tests compare the two.
 """
 
 import copy
@@ -21,6 +22,8 @@ from politune.lean.prompts import Ids, Query
 from politune.models import scoring
 
 TOKENS_PER_BATCH = 4096
+MOST_FILLED = 0.1
+"""Of a row, behind its last token."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,17 @@ class Scorer:
         return self.causal.base_model(input_ids=inputs, use_cache=True).past_key_values
 
     def _batches(self, rows: list[Ids], shared: int) -> Iterator[list[Ids]]:
-        """Rows of one length, as many at a time as fit; longest first, so that a lack of memory shows at once."""
-        of_length: dict[int, list[Ids]] = defaultdict(list)
-        for row in rows:
-            of_length[len(row)].append(row)
-        for length in sorted(of_length, reverse=True):
-            size = max(1, self.tokens_per_batch // (length - shared))
-            for start in range(0, len(of_length[length]), size):
-                yield of_length[length][start : start + size]
+        """Rows of like length, as many at a time as fit; longest first, so that a lack of memory shows at once."""
+        batch: list[Ids] = []
+        for row in sorted(rows, key=len, reverse=True):
+            longest = len(batch[0]) - shared if batch else 0
+            is_full = (len(batch) + 1) * longest > self.tokens_per_batch
+            if batch and (is_full or len(row) - shared < (1 - MOST_FILLED) * longest):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _score_batch(
         self,
@@ -110,7 +116,7 @@ class Scorer:
     ) -> None:
         shared, length = len(prefix), len(batch[0])
         self.tokens += len(batch) * (length - shared)
-        hidden = self._hidden([row[shared:] for row in batch], past)
+        hidden = self._hidden([row[shared:] + (0,) * (length - len(row)) for row in batch], past)
         places: list[int] = []
         targets: list[int] = []
         wanted: list[tuple[_Wanted, int, int]] = []

@@ -1,20 +1,22 @@
 """What a study found: every run with its verdict, and the comparison of all that share a base."""
 
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from politune.lean import compare, measure
 from politune.lean.compare import CompareReport
 from politune.report import Cell, Facts, Lines, Section, Table
+from politune.study import work
 from politune.study.spec import Study, Task
 from politune.study.work import Failure, State
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run: how far it is, what its first verdict says, and what its training took."""
+    """A run: how far it is, who is at work on it, what its first verdict says, and the command that trains it."""
 
     run: str
     arm: str
@@ -64,15 +66,25 @@ class StudyReport:
         return found
 
 
-def gather(
-    study: Study, tasks: Sequence[Task], states: Sequence[RunState], failures: Sequence[Failure], output: Path
-) -> StudyReport:
-    """The report of what is there."""
-    measured = [task for task, state in zip(tasks, states, strict=True) if state.state == "measured"]
-    comparisons = _compare(study, measured)
+def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], output: Path) -> StudyReport:
+    """The report of what is there.
+
+    Args:
+        held_by: who is at work on a run, by its name.
+    """
+    states = {task.name: work.state_of(task) for task in tasks}
+    comparisons = _compare(study, [task for task in tasks if states[task.name] == "measured"])
     verdicts = {run.run: run.verdict.word for each in comparisons if each.parts for run in each.parts[0].runs}
-    runs = tuple(replace(state, verdict=verdicts.get(state.run)) for state in states)
-    return StudyReport(study.title, str(output), runs, tuple(failures), comparisons)
+    runs = tuple(
+        RunState(
+            task.name, task.arm, task.seed, states[task.name],
+            None if states[task.name] == "measured" else held_by.get(task.name), verdicts.get(task.name),
+            shlex.join(["politune", *task.words]),
+        )
+        for task in tasks
+    )  # fmt: skip
+    failures = tuple(failure for task in tasks if (failure := work.failure_of(task, output)))
+    return StudyReport(study.title, str(output), runs, failures, comparisons)
 
 
 def _compare(study: Study, tasks: Sequence[Task]) -> tuple[CompareReport, ...]:

@@ -8,8 +8,7 @@ from politune.data import sources
 from politune.errors import ConfigError
 from politune.models import load
 from politune.study import results, slurm, spec, work
-from politune.study.results import RunState, StudyReport
-from politune.study.spec import Task
+from politune.study.results import StudyReport
 
 
 def study(
@@ -23,7 +22,7 @@ def study(
 ) -> StudyReport:
     """Does what is missing of a study and that nobody else is at, then compares what there is.
 
-    A run that fails does not stop the others. The report is written into the directory whenever a run was added to it.
+    A run that fails does not stop the others. The report in the directory is of all that is there, whoever did it.
 
     Args:
         name: a shipped study, or a file.
@@ -46,22 +45,19 @@ def study(
         sources.check(task.resolved.run.data)
         load.check(task.resolved.run.model)
     work.claim(asked, tasks, output)
-    failures: list[work.Failure] = []
-    states: list[RunState] = []
+    held_by: dict[str, str] = {}
     for number, task in enumerate(tasks):
-        held_by = None
         if only in (None, number) and work.state_of(task) != "measured":
-            with work.locked(task, output) as held_by:
-                if held_by is None:
+            with work.locked(task, output) as lock:
+                if isinstance(lock, str):
+                    held_by[task.name] = lock
+                else:
                     say(f"run {number + 1} of {len(tasks)}")
-                    failures += _done(task, asked, offline, quiet, say)
-        states.append(_state(task, held_by))
-    states = [
-        _state(task, state.held_by) for task, state in zip(tasks, states, strict=True)
-    ]  # others went on meanwhile
-    found = results.gather(asked, tasks, states, failures, output)
-    report.write_json(found, output / "report.json")
-    report.write_html(found, output / "report.html")
+                    work.do(task, asked.measure, output, lock, offline=offline, quiet=quiet, say=say)
+    with work.reporting(output):
+        found = results.gather(asked, tasks, held_by, output)
+        report.write_json(found, output / "report.json")
+        report.write_html(found, output / "report.html")
     return found
 
 
@@ -75,19 +71,4 @@ def slurm_script(name: str, output: Path, *, offline: bool) -> str:
     asked = spec.load(name)
     tasks = spec.tasks(asked, output)
     work.claim(asked, tasks, output)
-    return slurm.script(name, str(output), len(tasks), offline=offline)
-
-
-def _done(task: Task, asked: spec.Study, offline: bool, quiet: bool, say: Callable[[str], None]) -> list[work.Failure]:
-    if work.state_of(task) == "measured":  # by another process, between the look and the lock
-        return []
-    failure = work.do(task, asked.measure, offline=offline, quiet=quiet, say=say)
-    if failure:
-        say(f"{task.name} failed with exit code {failure.exit_code}; the other runs go on")
-    return [failure] if failure else []
-
-
-def _state(task: Task, held_by: str | None) -> RunState:
-    return RunState(
-        task.name, task.arm, task.seed, work.state_of(task), held_by, None, " ".join(("politune", *task.words))
-    )
+    return slurm.script(name, output, len(tasks), offline=offline)

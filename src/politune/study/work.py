@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -83,80 +83,130 @@ def state_of(task: Task) -> State:
 
 
 @contextlib.contextmanager
-def locked(task: Task, output: Path) -> Iterator[str | None]:
-    """Holds a run while the block lasts: None, or who holds it already."""
-    path = output / LOCKS / f"{task.arm}-{task.seed}"
+def locked(task: Task, output: Path) -> Iterator[str | int]:
+    """Holds a run while the block lasts: the lock's descriptor, or in words who holds the run already.
+
+    Raises:
+        OutputError: the file system keeps no locks.
+    """
+    path = output / LOCKS / task.name.replace("/", "-")
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             yield safe(file.read()) or "another process"
             return
+        except OSError as error:
+            raise OutputError(
+                f"{safe(output)} cannot be shared",
+                why=f"its file system keeps no locks: {error.strerror}",
+                fix="choose another -o",
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield None
+        yield file.fileno()
         file.truncate(0)
 
 
-def do(task: Task, measure: Measure, *, offline: bool, quiet: bool, say: Callable[[str], None]) -> Failure | None:
-    """Trains and measures a run, or what is missing of it; the run's lock must be held.
+@contextlib.contextmanager
+def reporting(output: Path) -> Iterator[None]:
+    """One process at a time reads the states and writes the report: the last one to write has seen all."""
+    with (output / LOCKS / "report").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def do(
+    task: Task, measure: Measure, output: Path, lock: int, *, offline: bool, quiet: bool, say: Callable[[str], None]
+) -> None:
+    """Trains and measures a run, or what is missing of it; how it failed, if so, is kept for the report.
+
+    Args:
+        lock: the descriptor of the run's lock, which its processes hold as well: it outlives this process as long as they do.
 
     Raises:
         Interrupted: a signal came; the run's own process saved what it had.
     """
+    (output / LOCKS / _failure_name(task)).unlink(missing_ok=True)
     common = [*(["--offline"] if offline else []), *(["--quiet"] if quiet else [])]
-    state = state_of(task)
-    if state == "missing":
+    failure = None
+    if state_of(task) == "missing":
         resume = ["--resume"] if (task.directory / "run.json").exists() else []
         say(f"{task.name}: training")
-        if failure := _run(task, [*task.words, *resume, *common]):
-            return failure
-    if state != "measured":
+        failure = run(task, [*task.words, *resume, *common], lock)
+    if failure is None and state_of(task) != "measured":
         say(f"{task.name}: measuring")
         instruments = [word for name in measure.instruments for word in ("--instrument", name)]
         asked = ["--preset", measure.preset, "--asker", ",".join(measure.asker), *instruments]
-        return _run(task, ["measure", str(task.directory), *asked, "-o", str(task.measurement), *common])
-    return None
+        failure = run(task, ["measure", str(task.directory), *asked, "-o", str(task.measurement), *common], lock)
+    if failure:
+        record.write_json(output / LOCKS / _failure_name(task), asdict(failure))
+        say(f"{task.name} failed with exit code {failure.exit_code}; the other runs go on")
 
 
-def _run(task: Task, words: Sequence[str]) -> Failure | None:
+def failure_of(task: Task, output: Path) -> Failure | None:
+    """How the last attempt at a run failed, whoever made it."""
+    kept = record.read_json(output / LOCKS / _failure_name(task))
+    return Failure(**kept) if kept else None
+
+
+def _failure_name(task: Task) -> str:
+    return f"{task.arm}-seed-{task.seed}.failed.json"
+
+
+def run(task: Task, words: Sequence[str], lock: int) -> Failure | None:
     """A politune command in a process of its own: its stderr passes through, its stdout does not."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "politune", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    )  # fmt: skip
+    command = [sys.executable, "-m", "politune", *words]
     last = ""
-    with _passed_on(process) as received:
-        assert process.stderr is not None
-        for line in process.stderr:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(line)
-                sys.stderr.flush()
-            last = line.strip() or last
-        code = process.wait()
-    if received:
-        raise Interrupted(f"interrupted during {task.name}", signal_number=received[0], fix="the same command goes on")
+    with _signals() as signals:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", pass_fds=[lock]
+        ) as process:
+            signals.process = process
+            assert process.stderr is not None
+            for line in process.stderr:
+                with contextlib.suppress(OSError):
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+                last = line.strip() or last
+        code = process.returncode
+    if signals.received:
+        number = signals.received[0]
+        raise Interrupted(f"interrupted during {task.name}", signal_number=number, fix="the same command goes on")
     return Failure(task.name, shlex.join(["politune", *words]), code, last) if code else None
 
 
+class _Signals:
+    """SIGINT and SIGTERM, handed on to a process once there is one; a terminal gives it SIGINT by itself."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def process(self) -> "subprocess.Popen[str] | None":
+        return self._process
+
+    @process.setter
+    def process(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        if self.received:  # while it was being started
+            process.send_signal(self.received[0])
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        if self._process and (number == signal.SIGTERM or len(self.received) > 1):
+            self._process.send_signal(number)
+
+
 @contextlib.contextmanager
-def _passed_on(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """Gives SIGINT and SIGTERM to the process, once each has come; a terminal has given it SIGINT already."""
-    received: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        if number == signal.SIGTERM or len(received) > 1:
-            process.send_signal(number)
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    former = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+        yield signals
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -2,11 +2,15 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from politune.errors import Interrupted
+
+SAME_REQUEST_SECONDS = 0.3
+"""A scheduler signals all processes of a job, and the one that started this one hands it on: the same signal comes twice."""
 
 
 class StopRequest:
@@ -16,10 +20,13 @@ class StopRequest:
         self.resume_words = resume_words
         self.signal_number: int | None = None
         self.inside_training = False
+        self._came = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         again = self.signal_number is not None
-        self.signal_number = number
+        if number == self.signal_number and time.monotonic() - self._came < SAME_REQUEST_SECONDS:
+            return
+        self.signal_number, self._came = number, time.monotonic()
         if again or not self.inside_training:
             # Not an Exception: a library that catches those, while it loads a model, would go on or blame the file.
             raise KeyboardInterrupt
