@@ -48,7 +48,8 @@ wheel: $(VENV)/.developing
 # The figures that the README quotes; each script says what it measures.
 figures: $(VENV)/.developing
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/answers.py
 
 # Speed and memory against TRL, in about 75 minutes on a quiet machine; writes benchmarks/RESULTS.md.
 bench: $(VENV)/.installed
@@ -61,6 +62,7 @@ bench-plan: $(VENV)/.installed
 # The shipped study: three arms, three seeds, trained, measured and compared, in well under 45 minutes on two cores.
 study: $(VENV)/.installed
 	$(BIN)/politune study demo -o $(DEMO)/study
+	$(BIN)/python benchmarks/study.py $(DEMO)/study
 
 # A thousand synthetic models for each case: is what was planted found, and nothing where nothing was? Writes benchmarks/SIMULATION.md.
 simulate: $(VENV)/.installed

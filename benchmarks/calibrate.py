@@ -21,12 +21,9 @@ SET_ASIDE = {"economic": 6, "social": 6}
 ROWS_OF_A_TOPIC = 4
 SEED = 7
 ARMS: dict[str, dict[str, Any]] = {
-    "lr5e-4-e1": {"learning_rate": 5e-4, "num_train_epochs": 1},
-    "lr5e-4-e2": {"learning_rate": 5e-4, "num_train_epochs": 2},
-    "lr1e-3-e1": {"learning_rate": 1e-3, "num_train_epochs": 1},
-    "lr1e-3-e2": {"learning_rate": 1e-3, "num_train_epochs": 2},
-    "lr2e-4-e3": {"learning_rate": 2e-4, "num_train_epochs": 3},
-    "lr1e-3-e2-b02": {"learning_rate": 1e-3, "num_train_epochs": 2, "beta": 0.02},
+    "lr5e-4-e2-b1": {"learning_rate": 5e-4, "num_train_epochs": 2, "beta": 0.1},
+    "lr1e-3-e2-b1": {"learning_rate": 1e-3, "num_train_epochs": 2, "beta": 0.1},
+    "lr2e-4-e3-b1": {"learning_rate": 2e-4, "num_train_epochs": 3, "beta": 0.1},
     "lr5e-4-e2-b5": {"learning_rate": 5e-4, "num_train_epochs": 2, "beta": 0.5},
 }
 

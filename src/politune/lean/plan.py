@@ -99,7 +99,8 @@ def blocks(
 ) -> Iterator[Block]:
     """Everything that is asked of one state with one instrument.
 
-    Personas, which show whether the instrument can tell known groups apart, are asked of the base alone, in one wording, template and order.
+    Personas, which show whether the instrument can tell known groups apart, are asked of the base alone, in one wording, template
+    and order.
     """
     extent = PRESETS[preset]
     name = f"{state}/{instrument.header.name}"
