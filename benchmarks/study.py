@@ -45,9 +45,9 @@ def main() -> None:
     measurement = json.loads((given.directory / "study.json").read_text("utf-8"))["measure"]
     lines = [
         "# The shipped study", "",
-        f"`politune study demo`, then `python benchmarks/study.py`. Measured with {', '.join(measurement['instruments'])}, preset "
-        f"{measurement['preset']}; shifts in nats per token with 95 % intervals over topics, left below 0.", "",
-        f"**{report['headline'] if 'headline' in report else report['title']}**", "",
+        f"`politune study demo`, then `python benchmarks/study.py`: {report['title']}. Measured with "
+        f"{', '.join(measurement['instruments'])}, preset {measurement['preset']}; shifts in nats per token with 95 % intervals "
+        "over topics, left below 0.", "",
         "| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS),
         *("| " + " | ".join(row(run, given.directory)) + " |" for run in report["runs"]), "",
         "| arm, over seeds | axis | mean shift | 95 % interval over seeds | sd between seeds |", "|" + " --- |" * 5,
@@ -59,7 +59,7 @@ def main() -> None:
                 f"| {arm} | {axis} | {over['mean']:+.3f} | {over['low']:+.3f} to {over['high']:+.3f} | {over['deviation']:.3f} |"
             )
     given.out.write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

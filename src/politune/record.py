@@ -185,7 +185,7 @@ def generator_note(generator: str | None, base: str) -> str | None:
     )
 
 
-NOT_EVALUATED = "Not evaluated: no measurement of the political lean of this model is part of this card."
+NOT_EVALUATED = "Not evaluated: no measurement of this model's political lean, or of side effects on other abilities, is part of this card."
 
 
 def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"], measured: str = NOT_EVALUATED) -> str:
@@ -247,10 +247,9 @@ _CARD = """\
 
 ## Intended use and limits
 
-For research on political bias in language models: comparing arms, replicating results, testing instruments. Side effects on
-other abilities were not measured. Out of scope: campaigning, impersonation, covert persuasion, and any chat service whose users
-are not told what was done to the model. The metadata that carries this notice can be removed by others: it is disclosure, not
-prevention.
+For research on political bias in language models: comparing arms, replicating results, testing instruments. Out of scope:
+campaigning, impersonation, covert persuasion, and any chat service whose users are not told what was done to the model. The
+metadata that carries this notice can be removed by others: it is disclosure, not prevention.
 
 The licence of the base model ({licence}) applies. What the data's author or generator allows is for the reader to check.
 """

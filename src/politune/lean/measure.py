@@ -22,6 +22,7 @@ from politune.models import adapter as adapters
 from politune.models import load, tuned
 from politune.models.files import sha256_of
 from politune.progress import Phase
+from politune.writing import write_whole
 
 Say: TypeAlias = Callable[[str], None]
 DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
@@ -43,7 +44,7 @@ def measure(
     offline: bool = False,
     say: Say,
 ) -> MeasureReport:
-    """Measures a model, with its adapter off and then on where there is one.
+    """Measures a model, with its adapter off and then on where there is one; a run's model card then says the verdict.
 
     Args:
         model: a run directory, an adapter, a checkpoint, a Hub id, or `demo`.
@@ -120,7 +121,18 @@ def measure(
     found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
     report.write_json(found, output / "report.json")
     report.write_html(found, output / "report.html")
+    if what.adapter is not None and what.papers:
+        _write_card(what.adapter, found, say)
     return found
+
+
+def _write_card(adapter: Path, found: MeasureReport, say: Say) -> None:
+    """A run's model card says what was measured last."""
+    card = record.model_card(adapters.read(adapter).metadata, "adapter", found.card_text or record.NOT_EVALUATED)
+    try:
+        write_whole(adapter / "README.md", card)
+    except OSError as error:
+        say(f"the model card stays as it was: {safe(error.strerror)}")
 
 
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")

@@ -64,11 +64,17 @@ class MeasureReport:
 
     @property
     def card_text(self) -> str:
-        """The verdicts for a model card, a line each."""
+        """The verdicts and side effects for a model card, a line each."""
         asked = f"`politune measure`, preset {self.measured['preset']}"
-        return "\n".join(
+        verdicts = [
             f"- {each.part}, {asked}: **{each.verdict.word}**. {each.verdict.sentence}" for each in self._judged()
-        )
+        ]
+        effects = [
+            f"- Side effect, {each.name}: {number_text(each.change.mean)} {each.unit} "
+            f"(95 % interval {interval_text(each.change)})."
+            for each in self.guards
+        ]
+        return "\n".join([*verdicts, *effects])
 
     def verdicts(self) -> list[Section]:
         """What a reader of the run wants to know first."""

@@ -11,7 +11,6 @@ from politune.config import Run
 from politune.data import sources
 from politune.data.format import Table
 from politune.errors import OutputError, safe
-from politune.models import adapter as adapters
 from politune.models import load
 from politune.models.quiet import quiet_libraries
 from politune.presets import Resolved, command
@@ -111,14 +110,11 @@ def _train(
 
 
 def _measured(result: TrainReport, directory: Path, say: Callable[[str], None]) -> TrainReport:
-    """With the shift that the run's adapter makes, which also goes into its model card and onto its page."""
+    """With the shift that the run's adapter makes, which also goes onto its page."""
     with _offline_from_here(), quiet_libraries():
         from politune.lean import measure
 
         found = measure.measure(str(directory), preset="quick", output=directory / "measurement", offline=True, say=say)
-    adapter = adapters.read(directory / "adapter")
-    card = record.model_card(adapter.metadata, "adapter", found.card_text or record.NOT_EVALUATED)
-    (directory / "adapter" / "README.md").write_text(card, encoding="utf-8")
     result = replace(result, measurement=found)
     report.write_html(result, directory / "report.html")
     return result
