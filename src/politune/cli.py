@@ -435,7 +435,8 @@ def study_command(
         int | None, typer.Option("--run", metavar="N", help="Do one run only, numbered from 0: for array jobs.")
     ] = None,
     print_slurm: Annotated[
-        bool, typer.Option("--print-slurm", help="Print the study as a Slurm array job, and do nothing else.")
+        bool,
+        typer.Option("--print-slurm", help="Make the directory and print the study as a Slurm array job; run nothing."),
     ] = False,
     offline: Offline = False,
     json: Json = False,
@@ -443,15 +444,18 @@ def study_command(
 ) -> None:
     """Train and measure every arm with every seed, whatever of it is missing, and compare them in one report."""
     from politune.study import run as studies
+    from politune.training.signals import caught
 
     place = output or Path("outputs") / f"study-{Path(study).stem}"
     if print_slurm:
         typer.echo(studies.slurm_script(study, place, offline=offline), nl=False)
         return
-    result = studies.study(study, place, only=run, offline=offline, quiet=quiet, say=_say(quiet))
+    with caught(shlex.join(["politune", *sys.argv[1:]])):
+        result = studies.study(study, place, only=run, offline=offline, quiet=quiet, say=_say(quiet))
     report.show(result, as_json=json)
-    if result.failures:
-        raise typer.Exit(result.failures[0].exit_code)
+    own = [each for each in result.failures if run is None or each.task == result.runs[run].run]
+    if own:
+        raise typer.Exit(own[0].exit_code)
 
 
 @instruments_app.callback(invoke_without_command=True)

@@ -185,13 +185,16 @@ def generator_note(generator: str | None, base: str) -> str | None:
     )
 
 
-NOT_EVALUATED = "Not evaluated: no measurement of this model's political lean, or of side effects on other abilities, is part of this card."
+NOT_EVALUATED = (
+    "Not evaluated: no measurement of this model's political lean, or of side effects on other abilities, "
+    "is part of this card."
+)
 
 
 def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"], measured: str = NOT_EVALUATED) -> str:
     """The README.md of an adapter or a merged model, made from its disclosure metadata and what was measured."""
     given = {
-        key.removeprefix("politune."): _plain(text)
+        key.removeprefix("politune."): plain(text)
         for key, text in metadata.items()
         if key.startswith("politune.") and text
     }
@@ -269,6 +272,6 @@ def _front_matter(kind: str, hub_base: str | None, licence: str, data: str) -> s
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]) + "\n"
 
 
-def _plain(value: str) -> str:
+def plain(value: str) -> str:
     """Foreign text for Markdown: one line, no markup that could close a code span or open HTML."""
     return safe(value, 500).replace("`", "'").replace("<", "&lt;").replace("](", "] (")

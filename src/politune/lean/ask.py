@@ -23,7 +23,6 @@ from politune.writing import write_whole
 
 # The first is about a topic that stances holds out; in training it would show what was memorised.
 QUESTIONS = ("Should unemployment benefits be more generous?", "What makes a good breakfast?")
-REPETITION_PENALTY = 1.1
 MOST_NEW_TOKENS = 4096
 MOST_SHOWN = 200
 
@@ -155,7 +154,6 @@ def ask(
             contexts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            repetition_penalty=REPETITION_PENALTY,
             seed=seed,
             told=Phase(f"asking the {state} model", "answers", say),
         )

@@ -1,13 +1,15 @@
 """The base's rows, kept in the user's cache: every tuned version of one base is compared with the same ones.
 
-Their key holds all that they depend on: weights, number format, machine, versions, and every token that was put. What cannot
-be read or written is measured again.
+Their key holds all that they depend on: weights, config, number format, machine, versions, code, and every token that
+was put. be read or written is measured again.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from politune.lean import rows
 from politune.lean.plan import Block
 
 FOLDER, MOST_FILES = "rows", 64
+MADE_BY = ("lean/scorer.py", "lean/respondent.py", "models/scoring.py", "models/writer.py", "models/load.py")
 DEPENDS_ON = ("politune", "base", "dtype", "use_4bit", "device", "libraries")
+
+
+def _code() -> str:
+    """A hash of the code that makes rows: another way of batching rounds otherwise."""
+    package = resources.files("politune")
+    parts = [package.joinpath(*name.split("/")).read_bytes() for name in MADE_BY]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class KeptRows:
@@ -33,7 +43,7 @@ class KeptRows:
         self.asked = asked
         facts = {key: document[key] for key in DEPENDS_ON}
         cache = user_cache()
-        text = json.dumps([facts, plan.probe(Path()).device, repr(asked)], sort_keys=True)
+        text = json.dumps([facts, plan.probe(Path()).device, _code(), repr(asked)], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.path = cache / FOLDER / f"{name}.jsonl" if cache else None
 
@@ -41,11 +51,16 @@ class KeptRows:
         """Adds to a measurement what is kept and it lacks."""
         if self.path is None or not self.path.exists():
             return
-        with contextlib.suppress(PolituneError):
+        try:
             kept = rows.read(self.path)
-            for block in self.asked:
-                if block.name in kept and block.name not in journal.rows:
-                    journal.append(block.name, kept[block.name])
+            os.utime(self.path)
+        except (PolituneError, OSError):
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            return
+        for block in self.asked:
+            if block.name in kept and block.name not in journal.rows:
+                journal.append(block.name, kept[block.name])
 
     def keep(self, journal: rows.Journal) -> None:
         """Keeps a measurement's rows."""

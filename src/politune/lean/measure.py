@@ -28,6 +28,9 @@ Say: TypeAlias = Callable[[str], None]
 DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
 ANSWERED = "politune-open"
 """Measured with as well where a preset has open requests answered."""
+NOT_OF_A_RECIPE = (
+    "title", "train.seed", "train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit",
+)  # fmt: skip
 PAPERS, ROWS = "measurement.json", "rows.jsonl"
 
 
@@ -81,7 +84,12 @@ def measure(
     every: tuple[Asker, ...] = ("none", *(each for each in askers if each != "none"))
     document = {
         "politune": __version__,
-        "base": {"name": base.public_name, "commit": base.commit, "sha256": load.base_sha256(base)},
+        "base": {
+            "name": base.public_name,
+            "commit": base.commit,
+            "sha256": load.base_sha256(base),
+            "config_sha256": _sha256_of_json(base.config),
+        },
         "adapter": _adapter_sha256(what.adapter),
         "merged_from": _merged(base.config).get("base_sha256"),
         "recipe": _recipe(what.papers),
@@ -119,8 +127,8 @@ def measure(
     for kept in of_base:
         kept.keep(journal)
     found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
-    report.write_json(found, output / "report.json")
     report.write_html(found, output / "report.html")
+    report.write_json(found, output / "report.json")
     if what.adapter is not None and what.papers:
         _write_card(what.adapter, found, say)
     return found
@@ -128,7 +136,9 @@ def measure(
 
 def _write_card(adapter: Path, found: MeasureReport, say: Say) -> None:
     """A run's model card says what was measured last."""
-    card = record.model_card(adapters.read(adapter).metadata, "adapter", found.card_text or record.NOT_EVALUATED)
+    if not found.card_text:
+        return
+    card = record.model_card(adapters.read(adapter).metadata, "adapter", found.card_text)
     try:
         write_whole(adapter / "README.md", card)
     except OSError as error:
@@ -165,15 +175,19 @@ def _recipe(papers: dict[str, Any]) -> str | None:
     """Of a run's settings but its seed and its place: what runs over seeds share; None where no run is known."""
     settings = {
         name: value for name, value in record.settings_of(papers).items()
-        if name not in ("train.seed", "train.output_dir") and not name.startswith("tracking.")
+        if name not in NOT_OF_A_RECIPE and not name.startswith("tracking.")
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest() if settings else None
+    return _sha256_of_json({**settings, "data": papers.get("data")}) if settings else None
 
 
 def _merged(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a merged checkpoint says of itself; empty for a base."""
     papers = config.get("politune")
     return papers if isinstance(papers, dict) else {}
+
+
+def _sha256_of_json(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _adapter_sha256(adapter: Path | None) -> str | None:
@@ -199,7 +213,7 @@ def _claim(output: Path, document: dict[str, Any]) -> None:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
+        if any(not entry.name.startswith(f".{PAPERS}-") for entry in output.iterdir()):  # what a killed process left
             raise OutputError(f"{safe(output)} is not empty", fix="choose another -o")
     except OSError as error:
         raise OutputError(f"cannot write into {safe(output)}", why=error.strerror, fix="choose another -o") from error

@@ -107,7 +107,7 @@ def blocks(
     scored = list(_asked(state, instrument, prompter, extent, askers))
     yield from _cut(name, "scored", scored)
     first = [each for each in scored if each.row.axis and each.row.condition == Condition()]
-    statements = [each for each in first if each.row.kind in ("pair", "statement")]
+    statements = [each for each in first if each.row.kind in ("pair", "statement") and each.row.axis != CONTROL]
     yield from _cut(f"{name}/check", "written", _sample(statements, extent.checks, "check"), CHECK_TOKENS)
     if state == "tuned":
         yield from _cut(f"{name}/divergence", "compared", _sample(first, extent.divergences, "divergence"))

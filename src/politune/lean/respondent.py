@@ -48,7 +48,7 @@ class Respondent:
                 tuned = self.scorer.next_tokens(queries)
                 with self.without_adapter():
                     base = self.scorer.next_tokens(queries)
-                divergences = (base.exp() * (base - tuned)).nansum(-1).tolist()
+                divergences = (base.exp() * (base - tuned)).where(base > -math.inf, 0.0).sum(-1).tolist()
                 found = [replace(row, kl=kl) for row, kl in zip(bare, divergences, strict=True)]
         if not all(math.isfinite(value) for row in found for value in (*row.log_probs, row.kl or 0.0)):
             raise ModelError(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from politune import record
 from politune.lean import analysis
 from politune.lean.analysis import Guard, Part, Position, Reliability, Shift, Verdict
 from politune.lean.prompts import Asker
@@ -67,14 +68,15 @@ class MeasureReport:
         """The verdicts and side effects for a model card, a line each."""
         asked = f"`politune measure`, preset {self.measured['preset']}"
         verdicts = [
-            f"- {each.part}, {asked}: **{each.verdict.word}**. {each.verdict.sentence}" for each in self._judged()
+            f"- {record.plain(str(each.part))}, {asked}: **{each.verdict.word}**. {record.plain(each.verdict.sentence)}"
+            for each in self._judged()
         ]
         effects = [
             f"- Side effect, {each.name}: {number_text(each.change.mean)} {each.unit} "
             f"(95 % interval {interval_text(each.change)})."
             for each in self.guards
         ]
-        return "\n".join([*verdicts, *effects])
+        return "\n".join([*verdicts, *effects]) if verdicts else ""
 
     def verdicts(self) -> list[Section]:
         """What a reader of the run wants to know first."""

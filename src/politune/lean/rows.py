@@ -4,6 +4,7 @@ A file holds one JSON object per line. Rows are appended in blocks, and a block'
 process left half written is dropped, and its block is measured anew.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,12 +94,15 @@ class Journal:
         Raises:
             OutputError: the disk is full or gone.
         """
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
                 file.write("".join(_lines(block, rows)).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):  # half a block must not become the beginning of the next one
+                os.truncate(self.path, size)
             raise OutputError(
                 f"cannot write {safe(self.path)}", why=error.strerror, fix="make room and run the same command again"
             ) from error

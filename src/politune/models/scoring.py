@@ -86,8 +86,12 @@ def distributions(hidden: Tensor, layer: OutputLayer) -> Tensor:
     """[N, V] float32 log-probabilities of every next token after N last hidden states [N, H], without a gradient."""
     with torch.no_grad():
         weight = layer.weight.to(hidden.device)
-        logits, _ = _logits(hidden.to(weight.dtype), weight, replace(layer, weight=weight), 0)
-        return logits.log_softmax(-1)
+        hidden, layer = hidden.float(), replace(layer, weight=weight)
+        tiles = [
+            _logits(hidden, tile.float(), layer, start)[0]
+            for start, tile in zip(range(0, len(weight), GPU_TILE[1]), weight.split(GPU_TILE[1]), strict=True)
+        ]
+        return torch.cat(tiles, -1).log_softmax(-1)
 
 
 class _Score(torch.autograd.Function):  # type: ignore[misc]

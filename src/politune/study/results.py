@@ -88,11 +88,11 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
 
 
 def _compare(study: Study, tasks: Sequence[Task]) -> tuple[CompareReport, ...]:
-    """One comparison per base and number format."""
+    """One comparison for all that may be compared."""
     groups: dict[tuple[str, ...], list[Task]] = {}
     for task in tasks:
         document, _ = measure.read(task.measurement)
-        kind = (document["base"]["sha256"], document["dtype"], str(document["use_4bit"]), document["device"])
+        kind = (document["base"]["sha256"], *(str(document.get(key)) for key in compare.SAME))
         groups.setdefault(kind, []).append(task)
     found = []
     for group in groups.values():

@@ -54,10 +54,10 @@ def study(
                 else:
                     say(f"run {number + 1} of {len(tasks)}")
                     work.do(task, asked.measure, output, lock, offline=offline, quiet=quiet, say=say)
-    with work.reporting(output):
+    with work.alone(output):
         found = results.gather(asked, tasks, held_by, output)
-        report.write_json(found, output / "report.json")
         report.write_html(found, output / "report.html")
+        report.write_json(found, output / "report.json")
     return found
 
 

@@ -11,6 +11,7 @@ SCRIPT = """\
 #SBATCH --job-name=politune
 #SBATCH --array=0-{last}
 #SBATCH --output="{log}/slurm-%A-%a.log"
+#SBATCH --chdir="{here}"
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
@@ -38,4 +39,4 @@ def script(study: str, output: Path, runs: int, *, offline: bool) -> str:
     place = study if study in shipped_names() else str(Path(study).expanduser().absolute())
     words = [sys.executable, "-m", "politune", "study", place]
     command = shlex.join([*words, "-o", str(output.absolute()), *(["--offline"] if offline else [])])
-    return SCRIPT.format(last=runs - 1, log=str(output.absolute()).replace("%", "%%"), command=command)
+    return SCRIPT.format(last=runs - 1, log=str(output.absolute()).replace("%", "%%"), here=Path.cwd(), command=command)

@@ -42,19 +42,26 @@ def claim(study: Study, tasks: Sequence[Task], output: Path) -> None:
     Raises:
         OutputError: another study's runs are in it, or it cannot be written.
     """
-    path = output / PAPERS
-    there = record.read_json(path)
-    document = {"title": study.title, "measure": study.measure.model_dump(mode="json"), "runs": {}}
-    runs: dict[str, Any] = {task.name: task.settings for task in tasks}
-    if there is None and output.is_dir() and any(entry.name != LOCKS for entry in output.iterdir()):
-        raise OutputError(f"{safe(output)} is not empty and holds no study", fix="choose another -o")
-    if there is not None:
-        _refuse_changes(there, document, runs, output)
-        runs = {**there["runs"], **runs}
+    if output.is_dir() and not (output / PAPERS).exists():
+        ours = (LOCKS, f".{PAPERS}-")  # of another process that is claiming it now, or was killed while it did
+        if any(not entry.name.startswith(ours) for entry in output.iterdir()) and not (output / PAPERS).exists():
+            raise OutputError(f"{safe(output)} is not empty and holds no study", fix="choose another -o")
     try:
         (output / LOCKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write into {safe(output)}", why=error.strerror, fix="choose another -o") from error
+    with alone(output):
+        _write_papers(study, tasks, output)
+
+
+def _write_papers(study: Study, tasks: Sequence[Task], output: Path) -> None:
+    path = output / PAPERS
+    there = record.read_json(path)
+    document = {"title": study.title, "measure": study.measure.model_dump(mode="json"), "runs": {}}
+    runs: dict[str, Any] = {task.name: task.settings for task in tasks}
+    if there is not None:
+        _refuse_changes(there, document, runs, output)
+        runs = {**there["runs"], **runs}
     document["runs"] = runs
     if document != there:
         record.write_json(path, document)
@@ -111,9 +118,9 @@ def locked(task: Task, output: Path) -> Iterator[str | int]:
 
 
 @contextlib.contextmanager
-def reporting(output: Path) -> Iterator[None]:
-    """One process at a time reads the states and writes the report: the last one to write has seen all."""
-    with (output / LOCKS / "report").open("a") as file:
+def alone(output: Path) -> Iterator[None]:
+    """One process at a time reads the study's state and writes what follows from it: the last one to write has seen all."""
+    with (output / LOCKS / "study").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -171,7 +178,7 @@ def run(task: Task, words: Sequence[str], lock: int) -> Failure | None:
                     sys.stderr.write(line)
                     sys.stderr.flush()
                 last = line.strip() or last
-        code = process.returncode
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     if signals.received:
         number = signals.received[0]
         raise Interrupted(f"interrupted during {task.name}", signal_number=number, fix="the same command goes on")

@@ -9,7 +9,7 @@ from types import FrameType
 
 from politune.errors import Interrupted
 
-SAME_REQUEST_SECONDS = 0.3
+SAME_REQUEST_SECONDS = 1.0
 """A scheduler signals all processes of a job, and the one that started this one hands it on: the same signal comes twice."""
 
 
