@@ -14,7 +14,7 @@ pytestmark = pytest.mark.network
 
 
 def test_the_sides_are_as_long_in_tokens() -> None:
-    """Within 15 % in every row; over each axis and split either side is the longer one in 40 to 60 % of the rows."""
+    """Within 15 % in every row; of the rows whose sides differ, either is the longer one in 45 to 55 %."""
     tokenizer = load.load_tokenizer(load.resolve(presets.resolve(None, "demo-left").run.model, say=print))
     text = resources.files("politune.data").joinpath("samples/stances.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
@@ -23,8 +23,8 @@ def test_the_sides_are_as_long_in_tokens() -> None:
         left, right = (len(tokenizer(row[side])["input_ids"]) for side in ("left", "right"))
         assert max(left, right) / min(left, right) <= 1.15, row["id"]
         longer["left" if left > right else "right" if right > left else "neither"] += 1
-    assert 0.45 <= longer["left"] / len(rows) <= 0.55
-    assert 0.45 <= longer["right"] / len(rows) <= 0.55
+    assert 0.45 <= longer["left"] / (longer["left"] + longer["right"]) <= 0.55
+    assert longer["neither"] / len(rows) <= 0.15
 
 
 @pytest.mark.parametrize("name", ["demo-right", "demo-sft"])
@@ -39,4 +39,4 @@ def test_a_demo_preset_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("politune.training.prepare._held_out_rows", lambda *a: [])
     report = run.train(resolved, say=lambda line: None, show=lambda plan: None)
     assert report.optimizer_steps == 1
-    assert report.rows == {"demo-right": 104, "demo-sft": 40}[name]
+    assert report.rows == {"demo-right": 296, "demo-sft": 40}[name]
