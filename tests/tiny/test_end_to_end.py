@@ -62,7 +62,7 @@ def test_ask_shows_base_and_tuned(tiny_llama: Path, capfd: pytest.CaptureFixture
     politune(capfd, *train_words("dpo", tiny_llama, write_pairs(Path("rows.jsonl")), "--learning_rate", "0.05"))
     asked = politune(capfd, "ask", "run", "--question", "the tax of every town", "--max-new-tokens", "8")
     (answer,) = asked["answers"]
-    assert answer["question"] == "the tax of every town"
+    assert answer["prompt"]["text"] == "the tax of every town"
     assert answer["base"] != answer["tuned"], "a learning rate of 0.05 changes the answer of a two-layer model"
 
 
