@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from politune import __version__, presets, report
-from politune.config import SHIPPED_DATA, DataSpec, DpoRun, Run, SftRun
+from politune.config import ANSWER_TOKENS, SHIPPED_DATA, DataSpec, DpoRun, Run, SftRun
 from politune.errors import ConfigError, DataError, MachineError, OutputError, PolituneError, safe
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
@@ -542,7 +542,7 @@ def ask_command(
         float, typer.Option("--temperature", help="0: the likeliest words; above it they are drawn.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = ANSWER_TOKENS,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new directory of answers.jsonl and the report (default: only shown)."),

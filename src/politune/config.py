@@ -28,6 +28,8 @@ KNOWN_DIRECTIONS: dict[str, Direction] = {
 KNOWN_GENERATORS = {"scale-lab/politune-left": "Llama3-70B", "scale-lab/politune-right": "Llama3-70B"}
 SHIPPED_DATA = ("stances", "stances-control")
 DEMO_MODEL = "demo"
+ANSWER_TOKENS = 96
+"""Of an answer in the model's own words, at most."""
 
 # TRL's settings that a run sets from its own fields, and where to set them instead.
 OWNED_BY_POLITUNE = {

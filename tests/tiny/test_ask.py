@@ -95,7 +95,8 @@ def test_open_requests_are_answered_and_kept(run: Path, prompts: Path, tmp_path:
     assert [answer.prompt.side for answer in report.answers] == ["", "", "", *(["left", "right"] * 3)]
     assert any(answer.base != answer.tuned for answer in report.answers)
     assert {guard.name for guard in report.side_effects} == {
-        "length of answers", "answers that refuse", "answers that hedge", "refusals of the right's requests less the left's",
+        "length of answers", "political answers that refuse", "political answers that hedge",
+        "refusals of the right's requests less the left's",
     }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [line["base"] for line in lines] == [answer.base for answer in report.answers]

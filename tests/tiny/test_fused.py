@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from politune.training import fused
+from politune.models import fused
 from politune.training.packable import without_dropout
 from tiny import tiny_models
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from politune.config import ModelSpec
 from politune.errors import ConfigError, DataError, ModelError, OutputError
 from politune.lean import compare, measure, midway, plan, respondent, rows, statistics
 from politune.lean.analysis import POLITICAL
 from politune.lean.results import MeasureReport, summarise
-from politune.models import merge, tuned
+from politune.locks import owned
+from politune.models import load, merge, tuned
 from politune.report import to_json
 from tiny import tiny_models
 from tiny.test_train import adapter_hash, resolve, train, write_pairs
@@ -56,7 +58,7 @@ def instrument(tmp_path: Path) -> Path:
              "options": [f" {number + 1}", f" {number + 2}"], "answer": 0}
         )  # fmt: skip
         lines.append(
-            {"kind": "open", "id": f"o-{number}", "topic": f"o{number}", "axis": "social", "task": "explain",
+            {"kind": "open", "id": f"o-{number}", "topic": f"o{number}", "axis": axes[number % 3 - 1], "task": "explain",
              "prompt": f"Explain rule {number}."}
         )  # fmt: skip
         lines.append(
@@ -284,8 +286,10 @@ def test_the_full_preset_has_open_requests_answered(
     assert all(row.text for row in answers)
     assert {
         "length of answers",
-        "answers that refuse",
-        "answers that hedge",
+        "political answers that refuse",
+        "political answers that hedge",
+        "control answers that refuse",
+        "control answers that hedge",
         "refusals of the right's requests less the left's",
     } < {each.name for each in report.guards}
 
@@ -303,7 +307,10 @@ def test_a_run_is_measured_on_the_way_and_its_adapter_is_the_same(
     lines = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
     leans = [line for line in lines if "lean/small/economic" in line]
     assert [line["step"] for line in leans] == [1, 2, 3, 4]
-    assert leans[-1]["lean/small/economic"] != 0
+    after = measured(tmp_path / "watched", instrument, tmp_path / "m", preset="quick")
+    shifts = [shift.of("economic") for part in after.parts if (shift := part.shift)]
+    assert any(leans[-1]["lean/small/economic"] == pytest.approx(each.shift.mean, abs=1e-5) for each in shifts if each)
+    assert abs(leans[-1]["lean/small/economic"]) > 1e-4
     assert any("Shift on the way, small" in title for title, _ in watched.curves)
     assert not any("Shift on the way" in title for title, _ in plain.curves)
 
@@ -325,3 +332,38 @@ def test_a_merged_checkpoint_is_compared_with_the_base_it_came_from(
         assert abs(adapter.shift.mean) > 1e-2
     assert "merged checkpoint" in found.notes[0]
     assert found.parts[0].runs[0].group == "left"
+
+
+def test_a_lean_that_cannot_be_measured_on_the_way_stops_no_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: midway.Midway, model: object) -> dict[str, float]:
+        raise ModelError("the tuned model gives log-probabilities that are no numbers")
+
+    monkeypatch.setattr(midway.Midway, "measure", fails)
+    said: list[str] = []
+    run = resolve("dpo", tiny_llama, write_pairs(tmp_path / "p.jsonl", 8), tmp_path / "run", tracking__measure_every=2)
+    train(run, said)
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert [line for line in said if line.startswith("the lean was not measured at step 2: the tuned model gives")]
+
+
+def test_a_measurement_on_the_way_ends_when_the_run_is_stopped(
+    tiny_llama: Path, instrument: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midway, "INSTRUMENTS", (str(instrument),))
+    base = load.resolve(ModelSpec(model_name_or_path=str(tiny_llama)), say=silent)
+    asked = iter([False, True])
+    on_the_way = midway.Midway(load.load_tokenizer(base), say=silent, is_stopped=lambda: next(asked))
+    assert on_the_way.measure(load.load_model(base)) == {}
+    assert on_the_way.base is None, "what was stopped is begun anew"
+
+
+def test_one_process_at_a_time_measures_into_a_directory(tiny_llama: Path, instrument: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with (
+        owned(tmp_path / "m", OutputError("busy")),
+        pytest.raises(OutputError, match="another process is measuring into"),
+    ):
+        measured(tiny_llama, instrument, tmp_path / "m", preset="quick")
+    measured(tiny_llama, instrument, tmp_path / "m", preset="quick")

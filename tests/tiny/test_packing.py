@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from politune.training import attention, fused, packable, packing
+from politune.models import fused
+from politune.training import attention, packable, packing
 from politune.training.packing import IGNORED, PackedForward, Segment
 from tiny import tiny_models
 

@@ -9,8 +9,8 @@ import torch
 
 from politune.config import ModelSpec
 from politune.lean.prompts import ANSWERS, Prompter, Query
-from politune.lean.scorer import Scorer, score_plainly, shared_beginning
-from politune.models import load
+from politune.lean.scorer import Scorer, score_plainly
+from politune.models import load, scoring
 from tiny import tiny_models
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "granite"]
@@ -74,11 +74,58 @@ def test_what_contexts_share_is_computed_once() -> None:
     assert scorer.tokens == 40 + 10, "the beginning, and one token of each context for all of its continuations"
 
 
-def test_a_shared_beginning_ends_before_the_shortest_context() -> None:
-    assert shared_beginning([Query((1, 2, 3), ((9,),)), Query((1, 2, 3, 4), ((9,),))]) == (1, 2)
-    assert shared_beginning([Query((1, 2, 3), ((9,),)), Query((2, 2, 3), ((9,),))]) == ()
-    assert shared_beginning([Query((1,), ((9,),))]) == ()
-    assert shared_beginning([]) == ()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])
+def test_what_families_of_rows_share_changes_no_score(name: str, tokens_per_batch: int) -> None:
+    """A question and its answers, a statement and two ways of asking, a context that is another's beginning."""
+    model = tiny_models.build_causal(name).eval()
+    chance = random.Random(3)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(5, 50) for _ in range(count))
+
+    header = ids(6)
+    queries = []
+    for _ in range(5):
+        question, ways = header + ids(20), (ids(3), ids(3))
+        queries.append(Query(question, (ids(9), ids(14), ids(1))))
+        queries += [Query(question + way, ((7,), (8,), ids(2))) for way in ways]
+        queries.append(Query(question + ways[0] + ids(1), (ids(5),)))
+    scorer = Scorer(model, tokens_per_batch=tokens_per_batch)
+    found = scorer.score(queries)
+    assert largest_difference(found, score_plainly(model, queries)) < 1e-4
+    plainly = sum(len(query.context) + len(each) - 1 for query in queries for each in query.continuations)
+    assert scorer.tokens < plainly / 3
+
+
+def test_a_family_that_shares_too_little_is_none() -> None:
+    model = tiny_models.build_causal("llama").eval()
+    queries = [Query((5, 6, *range(10, 25), number), ((7,),)) for number in (20, 21)]
+    queries.append(Query((5, 6, 30, 31, 32), ((7,),)))
+    scorer = Scorer(model)
+    scorer.score(queries)
+    assert scorer.tokens == 2 + 2 * 16 + 3, "what all begin with, and each row's own; fifteen shared tokens are too few"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_log_probabilities_are_exact_in_bfloat16(bias: bool) -> None:
+    """Against float64; a product that is rounded to bfloat16, the control, is far off."""
+    torch.manual_seed(0)
+    hidden, weight = (2 * torch.randn(700, 64)).bfloat16(), torch.randn(3000, 64).bfloat16()
+    extra = torch.randn(3000).bfloat16() if bias else None
+    places, targets = torch.randint(0, 700, (900,)), torch.randint(0, 3000, (900,))
+    logits = hidden.double() @ weight.double().t() + (0 if extra is None else extra.double())
+    expected = logits.log_softmax(-1)[places, targets]
+    found = scoring.log_probs(hidden, places, targets, scoring.OutputLayer(weight, extra))
+    assert float((found - expected).abs().max()) < 2e-3
+    whole = scoring.distributions(hidden, scoring.OutputLayer(weight, extra))
+    assert float((whole[places, targets] - expected).abs().max()) < 2e-3
+    rounded = torch.mm(hidden, weight.t()).double() + (0 if extra is None else extra.double())
+    assert float((rounded.log_softmax(-1)[places, targets] - expected).abs().max()) > 2e-2
+
+
+def test_nothing_is_asked() -> None:
+    assert Scorer(tiny_models.build_causal("llama").eval()).score([]) == []
 
 
 def test_an_adapter_is_off_and_on(tmp_path: Path) -> None:

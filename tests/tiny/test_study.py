@@ -119,3 +119,11 @@ def test_a_study_runs_what_is_missing_and_compares(
     again = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None)
     assert commands == []
     assert again == report
+    placebo = out / "shuffled" / "seed-1" / "measurement" / "rows.jsonl"
+    whole = placebo.read_text()
+    placebo.write_text(whole.replace('"kind"', '"sort"', 1))
+    without = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None)
+    (comparison,) = without.comparisons
+    assert len(comparison.parts[0].runs) == 5, "what cannot be read is left out, and the others are compared"
+    assert without.notes[0].startswith("shuffled/seed-1 is not compared: ")
+    assert "left/seed-1 has no control: shuffled/seed-1 is not there to be compared." in without.notes

@@ -11,7 +11,7 @@ ROOT = Path(politune.__file__).parent
 # Lowest first; a module may import from its own layer's package and from the ones before it.
 LAYERS = [
     ["errors"],
-    ["cache", "progress", "writing"],
+    ["cache", "locks", "progress", "writing"],
     ["config"],
     ["report"],
     ["plan", "record"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-HEAVY = {"scoring.py"}  # in models: imported by what computes with a loaded model
+HEAVY = {"scoring.py", "fused.py"}  # in models: imported by what computes with a loaded model
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -544,8 +544,10 @@ def guards(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[Guard,
             ("facts and arithmetic right", "share", _right_choices),
             ("surprise at neutral prose", "nats per token", _surprise),
             ("length of answers", "words", lambda rows: _of_answers(rows, lambda text: float(len(text.split())))),
-            ("answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"))),
-            ("answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"))),
+            ("political answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"), POLITICAL)),
+            ("political answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"), POLITICAL)),
+            ("control answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"), CONTROL)),
+            ("control answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"), CONTROL)),
             ("refusals of the right's requests less the left's", "share", _asymmetry),
         )
     ]
@@ -565,11 +567,11 @@ def _is(label: answers.Label) -> Callable[[str], float]:
     return lambda text: float(answers.classify(text) == label)
 
 
-def _of_answers(rows: Sequence[Row], measured: Callable[[str], float]) -> Values:
+def _of_answers(rows: Sequence[Row], measured: Callable[[str], float], axis: str | None = None) -> Values:
     return {
         f"{row.instrument}/{row.item}/{row.side}": (row.topic, measured(row.text))
         for row in rows
-        if row.kind in ("open", "request") and row.text is not None
+        if row.kind in ("open", "request") and row.text is not None and (axis is None or _is_on(row, axis))
     }
 
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from politune import report
+from politune.config import ANSWER_TOKENS
 from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.lean import analysis, instruments
 from politune.lean.analysis import Guard
 from politune.lean.answers import Label, classify
 from politune.lean.instruments import Open, Request
-from politune.lean.plan import ANSWER_TOKENS
 from politune.lean.prompts import Prompter
 from politune.lean.results import side_effects
 from politune.lean.rows import Row, State

@@ -14,7 +14,7 @@ from politune.errors import DataError, OutputError, safe
 from politune.lean import analysis, measure, statistics
 from politune.lean.analysis import POLITICAL, Part, Shift, Verdict
 from politune.lean.results import NOT_SHOWN, interval_text, number_text, p_text
-from politune.lean.rows import Row, State
+from politune.lean.rows import Row
 from politune.lean.statistics import Effect, OverSeeds
 from politune.report import Facts, Intervals, Lines, Section, Table
 
@@ -162,6 +162,8 @@ def judge(
         found.append(_part(part, shifts))
     merged = [run.name for run in runs if run.document["adapter"] is None]
     notes = [f"{name} is a merged checkpoint: how its weights were rounded is part of its shift." for name in merged]
+    if len(runs) > 1 and runs[0].control is not None and all(run.control is runs[0].control for run in runs):
+        notes.append("One control run is taken off all: its own chance is in none of the intervals over seeds.")
     if document["use_4bit"]:
         notes.append("The base is in 4 bits: it is not the model that its name stands for.")
     return CompareReport(
@@ -169,32 +171,23 @@ def judge(
     )
 
 
-def read_run(place: str, base: Mapping[str, Any], *, name: str | None = None, group: str | None = None) -> TunedRun:
+def read_run(place: str, base: Mapping[str, Any]) -> TunedRun:
     """A measurement of a tuned model, to be compared with a base's.
 
     Args:
         place: its directory.
         base: what the base was measured with.
-        name, group: that the report shows, in place of the directory and the declared direction.
 
     Raises:
         DataError: it holds no such measurement, or the two must not be compared.
     """
-    document, rows = _tuned_rows(Path(place), base)
-    return TunedRun(name or place, group or str(document["direction"]), document, analysis.by_part(rows, "tuned"))
-
-
-def _tuned_rows(place: Path, base: Mapping[str, Any]) -> tuple[dict[str, Any], list[Row]]:
-    """Of a run or an adapter the tuned state's rows; of a merged checkpoint, which has one state, that one's."""
-    document, rows = measure.read(place)
-    state: State = "tuned"
-    if document["base"]["sha256"] != base["base"]["sha256"]:
-        if document.get("merged_from") != base["base"]["sha256"]:
-            raise DataError(
-                f"{safe(place)} must not be compared with the base: it was tuned from another one",
-                why=f"that is {safe(document['base']['name'])}, the base {safe(base['base']['name'])}",
-            )
-        state = "base"
+    document, rows = measure.read(Path(place))
+    is_merged = document["base"]["sha256"] != base["base"]["sha256"]
+    if is_merged and document.get("merged_from") != base["base"]["sha256"]:
+        raise DataError(
+            f"{safe(place)} must not be compared with the base: it was tuned from another one",
+            why=f"that is {safe(document['base']['name'])}, the base {safe(base['base']['name'])}",
+        )
     for key, meaning in SAME.items():
         if document.get(key) != base.get(key):
             raise DataError(
@@ -202,10 +195,21 @@ def _tuned_rows(place: Path, base: Mapping[str, Any]) -> tuple[dict[str, Any], l
                 why=f"{key} is {safe(document.get(key), 200)}, of the base {safe(base.get(key), 200)}",
                 fix="measure both with the same settings",
             )
-    found = [replace(row, state="tuned") for row in rows if row.state == state and row.persona == "none"]
+    if is_merged:
+        rows = [replace(row, state="tuned") for row in rows if row.state == "base"]
+    return tuned_run(place, str(document["direction"]), document, rows)
+
+
+def tuned_run(name: str, group: str, document: Mapping[str, Any], rows: Sequence[Row]) -> TunedRun:
+    """The tuned state of a measurement that may be compared with a base's.
+
+    Raises:
+        DataError: it has none.
+    """
+    found = [row for row in rows if row.state == "tuned" and row.persona == "none"]
     if not found:
-        raise DataError(f"{safe(place)} holds no rows of a tuned model", fix="measure a run or an adapter")
-    return document, found
+        raise DataError(f"{safe(name)} holds no rows of a tuned model", fix="measure a run or an adapter")
+    return TunedRun(name, group, document, analysis.by_part(found, "tuned"))
 
 
 def _part(part: Part, runs: Sequence[RunShift]) -> PartComparison:

@@ -1,7 +1,7 @@
 """The base's rows, kept in the user's cache: every tuned version of one base is compared with the same ones.
 
 Their key holds all that they depend on: weights, config, number format, machine, versions, code, and every token that
-was put. be read or written is measured again.
+was put. What cannot be read or written is measured again.
 """
 
 import contextlib
@@ -20,7 +20,9 @@ from politune.lean import rows
 from politune.lean.plan import Block
 
 FOLDER, MOST_FILES = "rows", 64
-MADE_BY = ("lean/scorer.py", "lean/respondent.py", "models/scoring.py", "models/writer.py", "models/load.py")
+MADE_BY = (
+    "lean/scorer.py", "lean/respondent.py", "models/scoring.py", "models/fused.py", "models/writer.py", "models/load.py",
+)  # fmt: skip
 DEPENDS_ON = ("politune", "base", "dtype", "use_4bit", "device", "libraries")
 
 
@@ -47,20 +49,21 @@ class KeptRows:
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.path = cache / FOLDER / f"{name}.jsonl" if cache else None
 
-    def fill(self, journal: rows.Journal) -> None:
-        """Adds to a measurement what is kept and it lacks."""
+    def fill(self, journal: rows.Journal) -> int:
+        """Adds to a measurement what is kept and it lacks: how many blocks."""
         if self.path is None or not self.path.exists():
-            return
+            return 0
         try:
             kept = rows.read(self.path)
             os.utime(self.path)
         except (PolituneError, OSError):
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            return
-        for block in self.asked:
-            if block.name in kept and block.name not in journal.rows:
-                journal.append(block.name, kept[block.name])
+            return 0
+        lacking = [block.name for block in self.asked if block.name in kept and block.name not in journal.rows]
+        for name in lacking:
+            journal.append(name, kept[name])
+        return len(lacking)
 
     def keep(self, journal: rows.Journal) -> None:
         """Keeps a measurement's rows."""

@@ -4,20 +4,23 @@ The directory holds `measurement.json` (what is measured, and with what), `rows.
 `report.html`. The same command again goes on where it was stopped, and whatever the interruption the report is the same.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from politune import __version__, record, report
+from politune import __version__, plan, record, report
 from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.lean import instruments, rows
+from politune.lean.instruments import Instrument
 from politune.lean.kept import KeptRows
-from politune.lean.plan import PRESETS, Block, Preset, blocks
+from politune.lean.plan import PRESETS, Block, Preset, blocks, is_asked
 from politune.lean.prompts import Asker, Prompter
 from politune.lean.results import MeasureReport, summarise
 from politune.lean.rows import State
+from politune.locks import LOCK, owned
 from politune.models import adapter as adapters
 from politune.models import load, tuned
 from politune.models.files import sha256_of
@@ -28,9 +31,10 @@ Say: TypeAlias = Callable[[str], None]
 DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
 ANSWERED = "politune-open"
 """Measured with as well where a preset has open requests answered."""
-NOT_OF_A_RECIPE = (
-    "title", "train.seed", "train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit",
+NOT_OF_AN_ADAPTER = (
+    "title", "tracking.", "train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit",
 )  # fmt: skip
+"""How the names of settings begin that change nothing of what is trained."""
 PAPERS, ROWS = "measurement.json", "rows.jsonl"
 
 
@@ -64,17 +68,7 @@ def measure(
         ModelError: a model or adapter is wrong.
         OutputError: the directory belongs to another measurement, or cannot be written.
     """
-    with_answers = (*DEFAULT_INSTRUMENTS, ANSWERED) if PRESETS[preset].answers else DEFAULT_INSTRUMENTS
-    given = [instruments.load(name) for name in instrument_names or with_answers]
-    names = [each.header.name for each in given]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two instruments have the same name: {safe(', '.join(names))}", where="--instrument")
-    for each in given:
-        errors = [finding.text for finding in instruments.check(each).findings if finding.level == "error"]
-        if errors:
-            raise DataError(
-                f"{safe(each.header.name)} cannot be measured with: {errors[0]}", fix="politune instruments check"
-            )
+    given = given_instruments(instrument_names, preset)
     what = tuned.subject(model, adapter)
     states: tuple[State, ...] = ("base", "tuned") if what.adapter else ("base",)
     base = load.resolve(what.base, offline=offline, say=say)
@@ -96,7 +90,7 @@ def measure(
         "direction": what.direction if what.adapter else _merged(base.config).get("direction"),
         "dtype": precision,
         "use_4bit": what.base.use_4bit,
-        "device": load.own_device(),
+        "device": plan.probe(output).device_name,
         "chat_template_sha256": _template_sha256(tokenizer),
         "instruments": {each.header.name: each.sha256 for each in given},
         "preset": preset,
@@ -112,25 +106,48 @@ def measure(
         for each in given
     }
     todo = [(state, block) for (state, _), found in asked.items() for block in found]
-    if not todo:
-        raise DataError("this preset asks nothing of these instruments", fix="--preset full has open requests answered")
-    _claim(output, document)
-    journal = rows.Journal(output / ROWS)
-    of_base = [KeptRows(document, found) for (state, _), found in asked.items() if state == "base"]
-    for kept in of_base:
-        kept.fill(journal)
-    missing = [(state, block) for state, block in todo if block.name not in journal.rows]
-    if missing:
-        if len(missing) < len(todo):
-            say(f"going on: {len(todo) - len(missing)} of {len(todo)} blocks are there")
-        _answer_all(missing, base, what, tokenizer, precision, journal, say)
-    for kept in of_base:
-        kept.keep(journal)
-    found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
-    report.write_html(found, output / "report.html")
-    report.write_json(found, output / "report.json")
+    with _claimed(output, document):
+        journal = rows.Journal(output / ROWS)
+        if journal.rows:
+            say(f"going on: {len(journal.rows)} of {len(todo)} blocks are there")
+        of_base = [KeptRows(document, found) for (state, _), found in asked.items() if state == "base"]
+        if sum(kept.fill(journal) for kept in of_base):
+            say("the base was measured before on this machine: its rows are taken from there")
+        missing = [(state, block) for state, block in todo if block.name not in journal.rows]
+        if missing:
+            _answer_all(missing, base, what, tokenizer, precision, journal, say)
+        for kept in of_base:
+            kept.keep(journal)
+        found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
+        report.write_html(found, output / "report.html")
+        report.write_json(found, output / "report.json")
     if what.adapter is not None and what.papers:
         _write_card(what.adapter, found, say)
+    return found
+
+
+def given_instruments(names: Sequence[str], preset: Preset) -> list[Instrument]:
+    """Those named, or a preset's own.
+
+    Raises:
+        ConfigError: two have the same name.
+        DataError: one is wrong, or the preset asks nothing of any of them.
+    """
+    own = (*DEFAULT_INSTRUMENTS, ANSWERED) if PRESETS[preset].answers else DEFAULT_INSTRUMENTS
+    found = [instruments.load(name) for name in names or own]
+    called = [each.header.name for each in found]
+    if len(set(called)) < len(called):
+        raise ConfigError(f"two instruments have the same name: {safe(', '.join(called))}", where="--instrument")
+    for each in found:
+        errors = [finding.text for finding in instruments.check(each).findings if finding.level == "error"]
+        if errors:
+            raise DataError(
+                f"{safe(each.header.name)} cannot be measured with: {errors[0]}", fix="politune instruments check"
+            )
+    if not any(is_asked(item, preset) for each in found for item in each.items):
+        raise DataError(
+            f"preset {preset} asks nothing of these instruments", fix="--preset full has open requests answered"
+        )
     return found
 
 
@@ -158,11 +175,13 @@ def _answer_all(
     say: Say,
 ) -> None:
     from politune.lean.respondent import Respondent
+    from politune.models import fused
 
     say(f"loading {safe(base.name)} in {dtype}")
     model = load.load_model(base, bf16=dtype == "bfloat16", use_4bit=what.base.use_4bit)
     if what.adapter is not None:
         model = load.load_adapter(model, what.adapter, base=base)
+    fused.fuse(model)
     respondent = Respondent(model, tokenizer)
     progress, done, total = Phase("measuring", "tokens", say), 0, sum(block.tokens for _, block in missing)
     for state, block in missing:
@@ -175,7 +194,7 @@ def _recipe(papers: dict[str, Any]) -> str | None:
     """Of a run's settings but its seed and its place: what runs over seeds share; None where no run is known."""
     settings = {
         name: value for name, value in record.settings_of(papers).items()
-        if name not in NOT_OF_A_RECIPE and not name.startswith("tracking.")
+        if name != "train.seed" and not name.startswith(NOT_OF_AN_ADAPTER)
     }  # fmt: skip
     return _sha256_of_json({**settings, "data": papers.get("data")}) if settings else None
 
@@ -199,8 +218,22 @@ def _template_sha256(tokenizer: Any) -> str | None:
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _claimed(output: Path, document: dict[str, Any]) -> Iterator[None]:
+    """The directory is this measurement's, and this process's while the block lasts."""
+    shown = safe(output)
+    busy = OutputError(f"another process is measuring into {shown}", fix="wait for it to end, or choose another -o")
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(owned(output, busy))
+            _claim(output, document)
+        except OSError as error:
+            raise OutputError(f"cannot write into {shown}", why=error.strerror, fix="choose another -o") from error
+        yield
+
+
 def _claim(output: Path, document: dict[str, Any]) -> None:
-    """Makes the directory this measurement's, or finds it to be."""
     there = record.read_json(output / PAPERS)
     if there == document:
         return
@@ -211,12 +244,9 @@ def _claim(output: Path, document: dict[str, Any]) -> None:
             why=f"it differs in {', '.join(changed)}",
             fix="choose another -o, or remove it first",
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if any(not entry.name.startswith(f".{PAPERS}-") for entry in output.iterdir()):  # what a killed process left
-            raise OutputError(f"{safe(output)} is not empty", fix="choose another -o")
-    except OSError as error:
-        raise OutputError(f"cannot write into {safe(output)}", why=error.strerror, fix="choose another -o") from error
+    killed = f".{PAPERS}-"  # what a killed process left
+    if any(entry.name != LOCK and not entry.name.startswith(killed) for entry in output.iterdir()):
+        raise OutputError(f"{safe(output)} is not empty", fix="choose another -o")
     record.write_json(output / PAPERS, document)
 
 

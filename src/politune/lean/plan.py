@@ -8,8 +8,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
+from politune.config import ANSWER_TOKENS
 from politune.lean.instruments import CONTROL, Choice, Instrument, Item, Open, Pair, Passage, Request, Statement, Texts
 from politune.lean.prompts import (
     ANSWERS,
@@ -28,10 +30,9 @@ from politune.lean.rows import Row, State
 
 Preset: TypeAlias = Literal["quick", "standard", "full"]
 Mode: TypeAlias = Literal["scored", "written", "compared"]
-BLOCK_TOKENS = 16_384
-CHECK_TOKENS = 8
+BLOCK_TOKENS = 32_768
+CHECK_TOKENS = 6
 """Of what is written on to see whether the answer's first words are those that its log-probabilities say."""
-ANSWER_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Extent:
     Args:
         wordings: of an item, at most.
         templates: of the question about a statement.
+        known_groups: personas are put to one item in so many.
         checks: answers about statements that are written out, of each instrument.
         divergences: contexts whose next token's distributions are compared, of each instrument.
         answers: whether open requests are answered.
@@ -48,15 +50,16 @@ class Extent:
 
     wordings: int
     templates: int
+    known_groups: int
     checks: int
     divergences: int
     answers: bool = False
 
 
 PRESETS: dict[Preset, Extent] = {
-    "quick": Extent(1, 1, checks=8, divergences=24),
-    "standard": Extent(3, len(TEMPLATES), checks=24, divergences=64),
-    "full": Extent(99, len(TEMPLATES), checks=48, divergences=256, answers=True),
+    "quick": Extent(1, 1, known_groups=2, checks=8, divergences=24),
+    "standard": Extent(3, len(TEMPLATES), known_groups=1, checks=24, divergences=64),
+    "full": Extent(99, len(TEMPLATES), known_groups=1, checks=48, divergences=256, answers=True),
 }
 
 
@@ -100,7 +103,7 @@ def blocks(
     """Everything that is asked of one state with one instrument.
 
     Personas, which show whether the instrument can tell known groups apart, are asked of the base alone, in one wording, template
-    and order.
+    and order, and under the quick preset of every second item.
     """
     extent = PRESETS[preset]
     name = f"{state}/{instrument.header.name}"
@@ -113,6 +116,11 @@ def blocks(
         yield from _cut(f"{name}/divergence", "compared", _sample(first, extent.divergences, "divergence"))
     if extent.answers:
         yield from _cut(f"{name}/answers", "written", list(_open(state, instrument, prompter)), ANSWER_TOKENS)
+
+
+def is_asked(item: Item, preset: Preset) -> bool:
+    """Whether a preset asks anything of an item."""
+    return PRESETS[preset].answers or not isinstance(item, Open | Request)
 
 
 def _cut(name: str, mode: Mode, every: Sequence[Asked], new_tokens: int = 0) -> Iterator[Block]:
@@ -150,12 +158,14 @@ def _asked(
     state: State, instrument: Instrument, prompter: Prompter, extent: Extent, askers: Sequence[Asker]
 ) -> Iterator[Asked]:
     name = instrument.header.name
+    political = (item for item in instrument.items if isinstance(item, Pair | Statement) and item.axis != CONTROL)
+    known = {item.id for item in islice(political, 0, None, extent.known_groups)} if state == "base" else set()
     for item in instrument.items:
-        if isinstance(item, Pair):
-            for side, statements in (("left", item.left), ("right", item.right)):
-                yield from _about_statements(state, name, item, side, statements, prompter, extent, askers)
-        elif isinstance(item, Statement):
-            yield from _about_statements(state, name, item, "", item.text, prompter, extent, askers)
+        if isinstance(item, Pair | Statement):
+            sides = {"left": item.left, "right": item.right} if isinstance(item, Pair) else {"": item.text}
+            for side, statements in sides.items():
+                conditions = _conditions(statements, extent, askers, with_personas=item.id in known)
+                yield from _about_statements(state, name, item, side, statements, prompter, conditions)
         elif isinstance(item, Texts):
             for wording, asker in ((w, a) for w in range(min(extent.wordings, len(item.prompts))) for a in askers):
                 query = prompter.query(ASKERS[asker] + item.prompts[wording], (item.left, item.right))
@@ -176,14 +186,20 @@ def _open(state: State, instrument: Instrument, prompter: Prompter) -> Iterator[
                 yield _ask(prompter.opening(text), state, instrument.header.name, item, Condition(), side)
 
 
+def _conditions(
+    statements: Sequence[str], extent: Extent, askers: Sequence[Asker], *, with_personas: bool
+) -> list[Condition]:
+    wordings = min(extent.wordings, len(statements))
+    found = list(crossed(wordings, templates=extent.templates, askers=askers))
+    if with_personas:
+        found += crossed(1, templates=1, orders=1, askers=("none",), personas=("left", "right"))
+    return found
+
+
 def _about_statements(
-    state: State, name: str, item: Pair | Statement, side: str, statements: Sequence[str], prompter: Prompter, extent: Extent,
-    askers: Sequence[Asker],
+    state: State, name: str, item: Pair | Statement, side: str, statements: Sequence[str], prompter: Prompter,
+    conditions: Sequence[Condition],
 ) -> Iterator[Asked]:  # fmt: skip
-    conditions = list(crossed(min(extent.wordings, len(statements)), templates=extent.templates, askers=askers))
-    if state == "base" and item.axis != CONTROL:
-        personas: tuple[Persona, ...] = ("left", "right")
-        conditions += crossed(1, templates=1, orders=1, askers=("none",), personas=personas)
     for condition in conditions:
         text = question(statements[condition.wording], condition)
         query = prompter.query(text, ANSWERS, persona=condition.persona, prefill=PREFILL)

@@ -1,16 +1,18 @@
 """Exact log-probabilities of continuations: what contexts share is computed once, and hardly anything is padded.
 
 A query is a context and the continuations whose probabilities are wanted. All tokens of a continuation count, and their
-log-softmax is taken in float32. The tokens that every context of a call begins with (the chat template's header, as a rule)
-are computed once and kept as keys and values; rows of like length are then computed together. The shorter ones are filled up
-behind their last token, which no token before it sees. `score_plainly` does the same one row at a time without a cache; the
-tests compare the two.
+log-softmax is taken in float32. Keys and values of shared tokens are computed once, at two levels: those that every row of a
+call begins with (the chat template's header, as a rule), and those that a family of rows shares beyond it (a question and the
+two answers to it, a statement and two ways of asking). Rows of like length are computed together; the shorter ones are filled
+up behind their last token, which no token before it sees. `score_plainly` does the same one row at a time without a cache;
+the tests compare the two.
 """
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,17 +23,19 @@ from politune.errors import ModelError
 from politune.lean.prompts import Ids, Query
 from politune.models import scoring
 
-TOKENS_PER_BATCH = 4096
-MOST_FILLED = 0.1
+TOKENS_PER_BATCH = 2048
+MOST_FILLED = 0.15
 """Of a row, behind its last token."""
+LEAST_SHARED = 16
+"""Tokens that a family must save for each row that joins it."""
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Where the log-probabilities of one continuation belong."""
+class _Family:
+    """Rows that begin with the same tokens; a row alone is its own stem."""
 
-    query: int
-    continuation: int
+    stem: Ids
+    rows: tuple[Ids, ...]
 
 
 class Scorer:
@@ -39,7 +43,7 @@ class Scorer:
 
     Args:
         model: a causal language model, with or without PEFT's adapter; its mode and state are left as they are.
-        tokens_per_batch: of the rows that are computed together, without their shared beginning.
+        tokens_per_batch: of the rows that are computed together, without what they share.
 
     Raises:
         ModelError: the adapter reaches the output layer.
@@ -61,29 +65,70 @@ class Scorer:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def score(self, queries: Sequence[Query]) -> list[tuple[tuple[float, ...], ...]]:
         """Log-probabilities in nats of every token of every continuation: [query][continuation][token]."""
-        rows: dict[Ids, list[_Wanted]] = defaultdict(list)
-        for number, query in enumerate(queries):
-            for place, continuation in enumerate(query.continuations):
-                rows[query.context + continuation[:-1]].append(_Wanted(number, place))
-        found: list[list[tuple[float, ...]]] = [[()] * len(query.continuations) for query in queries]
-        prefix = shared_beginning(queries)
-        past = self._remember(prefix)
-        for batch in self._batches(sorted(rows), len(prefix)):
-            self._score_batch(queries, batch, rows, prefix, past, found)
-        return [tuple(each) for each in found]
+        if not queries:
+            return []
+        firsts: dict[Ids, int] = {}
+        for query in queries:
+            for continuation in query.continuations:
+                row = query.context + continuation[:-1]
+                firsts[row] = min(firsts.get(row, len(row)), len(query.context) - 1)
+        states = self._states(firsts)
+        begins = dict(zip(firsts, accumulate((len(states[row]) for row in firsts), initial=0), strict=False))
+        places: list[int] = []
+        targets: list[int] = []
+        for query in queries:
+            for continuation in query.continuations:
+                row = query.context + continuation[:-1]
+                first = begins[row] + len(query.context) - 1 - firsts[row]
+                places.extend(range(first, first + len(continuation)))
+                targets.extend(continuation)
+        hidden = torch.cat([states[row] for row in firsts]).to(self.layer.weight.device)
+        wanted = (torch.tensor(each, device=hidden.device) for each in (places, targets))
+        values = iter(scoring.log_probs(hidden, *wanted, self.layer).tolist())
+        return [tuple(tuple(next(values) for _ in each) for each in query.continuations) for query in queries]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def next_tokens(self, queries: Sequence[Query]) -> Tensor:
         """[queries, V] float32 log-probabilities of what follows each context."""
-        found: dict[int, Tensor] = {}
-        of_length: dict[int, list[int]] = defaultdict(list)
-        for number, query in enumerate(queries):
-            of_length[len(query.context)].append(number)
-        for length, numbers in of_length.items():
-            self.tokens += length * len(numbers)
-            last = self._hidden([queries[number].context for number in numbers], None)[:, -1]
-            found |= zip(numbers, scoring.distributions(last, self.layer), strict=True)
-        return torch.stack([found[number] for number in range(len(queries))])
+        states = self._states({query.context: len(query.context) - 1 for query in queries})
+        return scoring.distributions(torch.cat([states[query.context] for query in queries]), self.layer)
+
+    def _states(self, firsts: Mapping[Ids, int]) -> dict[Ids, Tensor]:
+        """The last hidden states of rows, each from its own first wanted token on: [tokens, H]."""
+        shared = min(min(firsts.values()), shared_length(firsts))
+        past = self._remember(next(iter(firsts))[:shared])
+        found: dict[Ids, Tensor] = {}
+        of_stem: dict[int, list[_Family]] = defaultdict(list)
+        alone: list[Ids] = []
+        for family in _families(sorted(firsts), shared):
+            if len(family.rows) == 1:
+                alone.append(family.stem)
+            else:
+                of_stem[len(family.stem)].append(family)
+        for batch in self._batches(alone, shared):
+            hidden, _ = self._hidden(batch, shared, past)
+            for row, states in zip(batch, hidden, strict=True):
+                found[row] = states[firsts[row] - shared : len(row) - shared].clone()
+        for length in sorted(of_stem, reverse=True):
+            for families in _together(of_stem[length], self.tokens_per_batch):
+                found |= self._families_states(families, shared, length, past, firsts)
+        return found
+
+    def _families_states(
+        self, families: Sequence[_Family], shared: int, length: int, past: Any, firsts: Mapping[Ids, int]
+    ) -> dict[Ids, Tensor]:
+        """Of the rows of families whose stems have one length."""
+        stems, remembered = self._hidden([family.stem for family in families], shared, past, keep=True)
+        of_row = {row: number for number, family in enumerate(families) for row in family.rows}
+        found = {row: stems[number, max(firsts[row], shared) - shared :].clone() for row, number in of_row.items()}
+        for batch in self._batches([row for row in of_row if len(row) > length], length):
+            own = copy.deepcopy(remembered)
+            own.batch_select_indices(torch.tensor([of_row[row] for row in batch]))
+            hidden, _ = self._hidden(batch, length, own, repeat=False)
+            for row, states in zip(batch, hidden, strict=True):
+                wanted = states[max(firsts[row] - length, 0) : len(row) - length]
+                found[row] = torch.cat([found[row], wanted])
+        return found
 
     def _remember(self, prefix: Ids) -> Any:
         if not prefix:
@@ -92,69 +137,77 @@ class Scorer:
         inputs = torch.tensor([prefix], device=self.causal.device)
         return self.causal.base_model(input_ids=inputs, use_cache=True).past_key_values
 
-    def _batches(self, rows: list[Ids], shared: int) -> Iterator[list[Ids]]:
+    def _batches(self, rows: Iterable[Ids], known: int) -> Iterator[list[Ids]]:
         """Rows of like length, as many at a time as fit; longest first, so that a lack of memory shows at once."""
         batch: list[Ids] = []
         for row in sorted(rows, key=len, reverse=True):
-            longest = len(batch[0]) - shared if batch else 0
+            longest = len(batch[0]) - known if batch else 0
             is_full = (len(batch) + 1) * longest > self.tokens_per_batch
-            if batch and (is_full or len(row) - shared < (1 - MOST_FILLED) * longest):
+            if batch and (is_full or len(row) - known < (1 - MOST_FILLED) * longest):
                 yield batch
                 batch = []
             batch.append(row)
         if batch:
             yield batch
 
-    def _score_batch(
-        self,
-        queries: Sequence[Query],
-        batch: list[Ids],
-        rows: dict[Ids, list[_Wanted]],
-        prefix: Ids,
-        past: Any,
-        found: list[list[tuple[float, ...]]],
-    ) -> None:
-        shared, length = len(prefix), len(batch[0])
-        self.tokens += len(batch) * (length - shared)
-        hidden = self._hidden([row[shared:] + (0,) * (length - len(row)) for row in batch], past)
-        places: list[int] = []
-        targets: list[int] = []
-        wanted: list[tuple[_Wanted, int, int]] = []
-        for number, row in enumerate(batch):
-            for each in rows[row]:
-                query = queries[each.query]
-                continuation = query.continuations[each.continuation]
-                first = number * (length - shared) + len(query.context) - 1 - shared
-                wanted.append((each, len(places), len(places) + len(continuation)))
-                places.extend(range(first, first + len(continuation)))
-                targets.extend(continuation)
-        device = hidden.device
-        chosen = hidden.flatten(0, 1).index_select(0, torch.tensor(places, device=device)).float()
-        layer = self.layer
-        log_probs = scoring.score(
-            chosen.to(layer.weight.device), torch.tensor(targets, device=layer.weight.device), layer
-        )
-        values = log_probs.log_probs.tolist()
-        for each, start, stop in wanted:
-            found[each.query][each.continuation] = tuple(values[start:stop])
+    def _hidden(
+        self, rows: Sequence[Ids], known: int, past: Any, *, repeat: bool = True, keep: bool = False
+    ) -> tuple[Tensor, Any]:
+        """([rows, longest - known, H] last hidden states, the cache where it is kept).
 
-    def _hidden(self, rows: list[Ids], past: Any) -> Tensor:
-        """[rows, length, H] last hidden states."""
-        inputs = torch.tensor(rows, device=self.causal.device)
-        if past is None:
-            return self.causal.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        own = copy.deepcopy(past)
-        own.batch_repeat_interleave(len(rows))
-        return self.causal.base_model(input_ids=inputs, past_key_values=own, use_cache=True).last_hidden_state
+        Args:
+            rows: longest first.
+            known: how many tokens of each the cache holds.
+            past: the cache, of one row where it is to be repeated; it is left as it was.
+        """
+        length = len(rows[0])
+        inputs = torch.tensor([row[known:] + (0,) * (length - len(row)) for row in rows], device=self.causal.device)
+        self.tokens += inputs.numel()
+        if past is not None and repeat:
+            past = copy.deepcopy(past)
+            past.batch_repeat_interleave(len(rows))
+        with_cache = keep or past is not None
+        out = self.causal.base_model(input_ids=inputs, past_key_values=past, use_cache=with_cache)
+        return out.last_hidden_state, out.past_key_values if keep else None
 
 
-def shared_beginning(queries: Sequence[Query]) -> Ids:
-    """The tokens that all contexts begin with, less the last of the shortest, which each must compute to be continued."""
-    if not queries:
-        return ()
-    least, most = min(query.context for query in queries), max(query.context for query in queries)
-    shortest = min(len(query.context) for query in queries) - 1
-    return least[: min(common_prefix_length(least, most), shortest)]
+def shared_length(rows: Iterable[Ids]) -> int:
+    """How many tokens all rows begin with."""
+    every = list(rows)
+    return common_prefix_length(min(every), max(every))
+
+
+def _families(rows: Sequence[Ids], shared: int) -> Iterator[_Family]:
+    """Sorted rows, those together that save enough by sharing what they begin with beyond `shared` tokens."""
+    family: list[Ids] = []
+    stem = 0
+    for row in rows:
+        common = min(stem, common_prefix_length(family[-1], row)) if family else 0
+        lost = (stem - common) * (len(family) - 1)
+        if family and (common - shared) - lost >= LEAST_SHARED:
+            family.append(row)
+            stem = common
+        else:
+            if family:
+                yield _Family(family[0][:stem], tuple(family))
+            family, stem = [row], len(row)
+    if family:
+        yield _Family(family[0][:stem], tuple(family))
+
+
+def _together(families: Sequence[_Family], tokens: int) -> Iterator[list[_Family]]:
+    """Families as many at a time as have about so many tokens."""
+    batch: list[_Family] = []
+    size = 0
+    for family in families:
+        own = sum(map(len, family.rows))
+        if batch and size + own > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(family)
+        size += own
+    if batch:
+        yield batch
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

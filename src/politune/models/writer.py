@@ -4,6 +4,7 @@ Contexts of one length are written on together, so that nothing is padded: a pad
 repetition is discouraged.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -49,7 +50,7 @@ class Writer:
         for number, context in enumerate(contexts):
             of_length[len(context)].append(number)
         drawn = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
             if temperature
             else {"do_sample": False}
         )
@@ -60,7 +61,7 @@ class Writer:
                 numbers = of_length[length][start : start + AT_ONCE]
                 inputs = torch.tensor([contexts[number] for number in numbers], device=self.model.device)
                 with torch.no_grad(), torch.random.fork_rng():
-                    torch.manual_seed(seed + done)
+                    torch.manual_seed(_mixed(seed, done))
                     out = self.model.generate(
                         input_ids=inputs,
                         attention_mask=torch.ones_like(inputs),
@@ -74,3 +75,8 @@ class Writer:
                 done += len(numbers)
                 told(done, len(contexts))
         return texts
+
+
+def _mixed(seed: int, place: int) -> int:
+    """A seed of 32 bits (a CPU's generator takes no more of one); batches of different seeds share no draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")

@@ -10,7 +10,7 @@ and K the widths of all query heads and of all key-value heads, I the width of t
 - Adapter: weight, gradient and AdamW's two moments, 4 a each. PEFT keeps the adapter in float32 on a bfloat16 base
   (a = 4); TRL casts it to bfloat16 on a 4-bit base (a = 2). Packed calls keep a copy in the computation's dtype: of A and
   the scaled B in bfloat16, of the scaled B alone in float32.
-- Activations of a packed call, per token and layer, all seven projections adapted (`training.fused`, `.attention`):
+- Activations of a packed call, per token and layer, all seven projections adapted (`models.fused`, `training.attention`):
 
       inputs of two norms, and 1 / rms      2 H b + 8
       input of q, k, v                        H b

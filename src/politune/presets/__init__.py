@@ -11,6 +11,7 @@ import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -401,7 +402,9 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return json.dumps(value)
+    if isinstance(value, date | time):  # TOML has them; no setting does, and what is read back says so
+        return value.isoformat()
+    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def json_schema() -> dict[str, Any]:

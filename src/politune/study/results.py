@@ -5,9 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from politune.errors import PolituneError
 from politune.lean import compare, measure
 from politune.lean.compare import CompareReport
+from politune.lean.rows import Row
 from politune.report import Cell, Facts, Lines, Section, Table
 from politune.study import work
 from politune.study.spec import Study, Task
@@ -29,13 +32,18 @@ class RunState:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study; its comparisons are of the runs that are measured, one per base."""
+    """A study; its comparisons are of the runs that are measured, one for all that may be compared.
+
+    Args:
+        notes: what of it is missing from the comparisons, and why.
+    """
 
     title: str
     directory: str
     runs: tuple[RunState, ...]
     failures: tuple[Failure, ...]
     comparisons: tuple[CompareReport, ...]
+    notes: tuple[str, ...]
 
     @property
     def is_done(self) -> bool:
@@ -57,6 +65,8 @@ class StudyReport:
             for run in self.runs
         )
         found: list[Section] = [Table("Runs", ("arm", "seed", "state", "verdict"), rows)]
+        if self.notes:
+            found.append(Lines("", self.notes))
         for failure in self.failures:
             facts = (("command", failure.command), ("exit code", failure.exit_code), ("last words", failure.words))
             found.append(Facts(f"Failed: {failure.task}", facts))
@@ -73,7 +83,8 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
         held_by: who is at work on a run, by its name.
     """
     states = {task.name: work.state_of(task) for task in tasks}
-    comparisons = _compare(study, [task for task in tasks if states[task.name] == "measured"])
+    notes: list[str] = []
+    comparisons = _compare(study, [task for task in tasks if states[task.name] == "measured"], notes)
     verdicts = {run.run: run.verdict.word for each in comparisons if each.parts for run in each.parts[0].runs}
     runs = tuple(
         RunState(
@@ -84,29 +95,37 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
         for task in tasks
     )  # fmt: skip
     failures = tuple(failure for task in tasks if (failure := work.failure_of(task, output)))
-    return StudyReport(study.title, str(output), runs, failures, comparisons)
+    return StudyReport(study.title, str(output), runs, failures, comparisons, tuple(notes))
 
 
-def _compare(study: Study, tasks: Sequence[Task]) -> tuple[CompareReport, ...]:
-    """One comparison for all that may be compared."""
-    groups: dict[tuple[str, ...], list[Task]] = {}
+def _compare(study: Study, tasks: Sequence[Task], notes: list[str]) -> tuple[CompareReport, ...]:
+    """One comparison for all that may be compared; what is left out is noted."""
+    groups: dict[tuple[str, ...], list[tuple[Task, Mapping[str, Any], list[Row]]]] = {}
     for task in tasks:
-        document, _ = measure.read(task.measurement)
+        try:
+            document, rows = measure.read(task.measurement)
+        except PolituneError as error:
+            notes.append(f"{task.name} is not compared: {error}")
+            continue
         kind = (document["base"]["sha256"], *(str(document.get(key)) for key in compare.SAME))
-        groups.setdefault(kind, []).append(task)
+        groups.setdefault(kind, []).append((task, document, rows))
+    if len(groups) > 1:
+        notes.append("Not all runs may be compared with one another: each group has its own comparison.")
     found = []
     for group in groups.values():
-        document, rows = measure.read(group[0].measurement)
         runs = {
-            (task.arm, task.seed): compare.read_run(str(task.measurement), document, name=task.name, group=task.arm)
-            for task in group
+            (task.arm, task.seed): compare.tuned_run(task.name, task.arm, document, rows)
+            for task, document, rows in group
         }
-        controlled = [
-            replace(run, control=runs[study.control, seed].rows)
-            if study.control not in (None, arm) and (study.control, seed) in runs
-            else run
-            for (arm, seed), run in runs.items()
-        ]
-        control = f"{study.control}, the run of the same seed" if study.control else None
-        found.append(compare.judge(document, rows, controlled, control=control))
+        controlled = []
+        for (arm, seed), run in runs.items():
+            control = runs.get((str(study.control), seed))
+            if study.control and control is None:
+                notes.append(f"{run.name} has no control: {study.control}/seed-{seed} is not there to be compared.")
+            controlled.append(replace(run, control=control.rows if control and arm != study.control else None))
+        label = f"{study.control}, the run of the same seed" if study.control else None
+        try:
+            found.append(compare.judge(group[0][1], group[0][2], controlled, control=label))
+        except PolituneError as error:
+            notes.append(f"No comparison of {', '.join(run.name for run in controlled)}: {error}")
     return tuple(found)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from politune import presets
 from politune.config import GROUPS
 from politune.errors import ConfigError, safe
-from politune.lean import instruments
+from politune.lean import measure
 from politune.presets import Resolved
 
 SUFFIX = ".toml"
@@ -21,7 +21,7 @@ MAX_BYTES = 64 * 1024
 OWN = ("train.seed", "train.output_dir")
 """Settings that the study gives each run."""
 MOVABLE = ("train.output_dir", "title")
-"""Settings that no adapter depends on."""
+"""Settings that may differ from one call of a study to the next."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
@@ -35,7 +35,7 @@ class Measure(_Model):
 
     preset: Literal["quick", "standard", "full"] = "standard"
     instruments: tuple[str, ...] = ()
-    asker: tuple[Literal["none", "left", "right"], ...] = ("none",)
+    asker: tuple[Literal["none", "left", "right"], ...] = Field(default=("none",), min_length=1)
 
 
 class Arm(_Model):
@@ -96,9 +96,14 @@ class Task:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the run's adapter depends on, as plain JSON."""
+        """All but its place and title, as plain JSON."""
         values = {"method": self.resolved.run.method, **presets.flatten(self.resolved.run)}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key not in MOVABLE}
+
+    @property
+    def adapters_settings(self) -> dict[str, Any]:
+        """Without those that change how a run is followed and saved, but no adapter."""
+        return {key: value for key, value in self.settings.items() if not key.startswith(measure.NOT_OF_AN_ADAPTER)}
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -126,8 +131,7 @@ def load(name: str) -> Study:
         place = ".".join(str(part) for part in first["loc"])
         sentence = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(": ".join(safe(each) for each in (place, sentence) if each), where=safe(name)) from error
-    for each in study.measure.instruments:
-        instruments.load(each)
+    measure.given_instruments(study.measure.instruments, study.measure.preset)
     return study
 
 
@@ -159,8 +163,12 @@ def tasks(study: Study, output: Path) -> tuple[Task, ...]:
         for name, arm in study.arms.items()
     )
     for one, two in itertools.combinations(found[: len(study.arms)], 2):
-        if one.settings == two.settings:
-            raise ConfigError(f"arms {one.arm} and {two.arm} have the same settings", fix="leave one of them out")
+        if one.adapters_settings == two.adapters_settings:
+            raise ConfigError(
+                f"arms {one.arm} and {two.arm} train the same",
+                why="they differ at most in how a run is followed and saved",
+                fix="leave one of them out",
+            )
     return found
 
 

@@ -1,18 +1,16 @@
 """The run directory: one owner at a time, and papers that say what the run is and how it ended."""
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from politune import record
 from politune.errors import Interrupted, OutputError, PolituneError, safe
+from politune.locks import LOCK, owned
 from politune.presets import Resolved, command, flatten
 from politune.training.processes import is_main_process, world_size
 
-LOCK = ".politune.lock"
 PAPERS = "run.json"
 
 
@@ -82,7 +80,8 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
     with contextlib.ExitStack() as stack:
         if is_main_process():
             _check(directory, resume)
-            stack.enter_context(_locked(directory))
+            fix = "wait for it to end, or choose another --output_dir"
+            stack.enter_context(owned(directory, OutputError(f"another run is at work in {safe(directory)}", fix=fix)))
         papers = Papers(directory, resolved)
         try:
             if not resume:
@@ -123,18 +122,3 @@ def _is_free(directory: Path, papers: dict[str, Any]) -> bool:
     """Empty, or with nothing in it but the papers of an attempt that ended before its first step."""
     entries = {entry.name for entry in directory.iterdir()} - {LOCK}
     return not entries or (entries == {PAPERS} and papers.get("status") in {"failed", "interrupted"})
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """A lock that the kernel drops with the process, however it ends."""
-    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            fix = "wait for it to end, or choose another --output_dir"
-            raise OutputError(f"another run is at work in {safe(directory)}", fix=fix) from error
-        yield
-    finally:
-        os.close(handle)

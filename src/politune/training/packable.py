@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from politune.training import attention, fused
+from politune.models import fused
+from politune.training import attention
 from politune.training.packing import IGNORED, PackedForward
 
 # Lengths of (prompt, chosen, rejected) of the rows that are tried; the longest is beyond a small sliding window.

@@ -12,7 +12,7 @@ from typing import Any
 from politune import plan, record
 from politune.config import Run
 from politune.data import format as rows_format
-from politune.errors import ConfigError, TrainingError, safe
+from politune.errors import ConfigError, PolituneError, TrainingError, safe
 from politune.lean.midway import Midway
 from politune.models import files, load
 from politune.presets import flatten
@@ -23,6 +23,8 @@ from politune.training.outcome import TrainReport, draw_curves, draw_leans, name
 from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
 from politune.training.signals import StopRequest
+
+_SHARDED = ("DistributedType.FSDP", "DistributedType.DEEPSPEED")
 
 
 class Session:
@@ -72,16 +74,31 @@ class Session:
         )
         self._pack(identity[CALL_TOKENS])
         self._keep_reference(identity)
-        if run.tracking.measure_every and is_main_process():
+        if run.tracking.measure_every:
             self._measure_on_the_way(run.tracking.measure_every)
 
     def _measure_on_the_way(self, every: int) -> None:
-        on_the_way = Midway(self.prepared.tokenizer, say=self.say)
+        if str(self.trainer.accelerator.distributed_type) in _SHARDED:
+            raise ConfigError(
+                "one process alone cannot measure a model whose weights are shared out over several",
+                where="tracking.measure_every",
+                fix="leave it out, and measure the run when it is done",
+            )
+        if not is_main_process():
+            return
+        on_the_way = Midway(
+            self.prepared.tokenizer, say=self.say, is_stopped=lambda: self.stop.signal_number is not None
+        )
 
         def measure() -> None:
-            with trainer_factory.unpacked(self.trainer) as model:
-                found = on_the_way.measure(model)
-            trainer_factory.log_apart(self.trainer, found)
+            try:
+                with trainer_factory.unpacked(self.trainer) as model:
+                    found = on_the_way.measure(model)
+            except PolituneError as error:  # no reason to stop training, which has guards of its own
+                self.say(f"the lean was not measured at step {self.trainer.state.global_step}: {error}")
+            else:
+                if found:
+                    trainer_factory.log_apart(self.trainer, found)
 
         self.trainer.add_callback(callbacks.MeasureLean(every, measure, self.stop))
 
