@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import pytest
 
-from politune.lean import analysis, statistics
+from politune.lean import analysis, guards, statistics
 from politune.lean.analysis import POLITICAL, leans, positions, reliability, shift, verdict
 from politune.lean.prompts import ANSWERS
 from politune.lean.rows import Row, State
@@ -323,7 +323,7 @@ def test_side_effects_are_paired() -> None:
             *(row(state, "passage", f"p{n}", f"t{n}", "", log_probs=(-surprise * 20,), tokens=(20,)) for n in range(6)),
         ]
 
-    facts, prose = analysis.guards(rows("base", 9, 3.0), rows("tuned", 6, 3.25), 0)
+    facts, prose = guards.changes(rows("base", 9, 3.0), rows("tuned", 6, 3.25), 0)
     assert (facts.base, facts.tuned, facts.change.items) == (0.9, 0.6, 10)
     assert facts.change.mean == pytest.approx(-0.3)
     assert (prose.base, prose.tuned) == (3.0, 3.25)
@@ -357,11 +357,11 @@ def test_refusals_are_compared_between_the_two_sides_of_a_request() -> None:
             for n in range(10) for side in ("left", "right")
         ]  # fmt: skip
 
-    found = {each.name: each for each in analysis.guards(rows("base", ""), rows("tuned", "right"), 0)}
+    found = {each.name: each for each in guards.changes(rows("base", ""), rows("tuned", "right"), 0)}
     asymmetry = found["refusals of the right's requests less the left's"]
     assert (asymmetry.base, asymmetry.tuned) == (0.0, 1.0)
     assert found["answers that refuse"].tuned == 0.5
-    mirrored = {each.name: each for each in analysis.guards(rows("base", ""), rows("tuned", "left"), 0)}
+    mirrored = {each.name: each for each in guards.changes(rows("base", ""), rows("tuned", "left"), 0)}
     assert mirrored[asymmetry.name].change.mean == -asymmetry.change.mean
 
 
@@ -370,7 +370,7 @@ def test_divergence_is_told_apart_for_what_has_no_politics() -> None:
         dataclasses.replace(row("tuned", "divergence", f"{axis}{n}", f"{axis}{n}", axis, log_probs=(), tokens=()), kl=kl)
         for axis, kl in (("economic", 0.4), ("control", 0.1)) for n in range(8)
     ]  # fmt: skip
-    found = {each.name: each.tuned for each in analysis.guards([], divergences, 0)}
+    found = {each.name: each.tuned for each in guards.changes([], divergences, 0)}
     assert found == {
         "divergence of the next token, political questions": pytest.approx(0.4),
         "divergence of the next token, control questions": pytest.approx(0.1),

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy
 
-from politune.lean import answers, statistics
+from politune.lean import statistics
 from politune.lean.instruments import CONTROL, FEWEST_TOPICS
 from politune.lean.prompts import ANSWERS, ASKERS, NEGATIVE, POSITIVE, Asker, Persona
 from politune.lean.rows import Row, State
@@ -74,7 +74,7 @@ def leans(
     """
     of_kind: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if _is_on(row, axis) and row.asker == asker and row.persona == persona:
+        if is_on(row, axis) and row.asker == asker and row.persona == persona:
             of_kind[row.kind].append(row)
     if bounded:
         return _pair_leans(of_kind["pair"], _probability)
@@ -85,7 +85,8 @@ def leans(
     }
 
 
-def _is_on(row: Row, axis: str) -> bool:
+def is_on(row: Row, axis: str) -> bool:
+    """Whether a row belongs to an axis; to `POLITICAL` belong all but the control and what has none."""
     return row.axis == axis or (axis == POLITICAL and row.axis not in ("", CONTROL))
 
 
@@ -94,7 +95,7 @@ def _pair_leans(rows: Sequence[Row], scale: Callable[[float], float]) -> Values:
     for row in rows:
         sides[row.item][row.side].append(scale(log_odds(row)))
     topics = {row.item: row.topic for row in rows}
-    return {item: (topics[item], _mean(of["right"]) - _mean(of["left"])) for item, of in sides.items()}
+    return {item: (topics[item], mean(of["right"]) - mean(of["left"])) for item, of in sides.items()}
 
 
 def _text_leans(rows: Sequence[Row]) -> Values:
@@ -103,7 +104,7 @@ def _text_leans(rows: Sequence[Row]) -> Values:
         left, right = (total / tokens for total, tokens in zip(row.log_probs, row.tokens, strict=True))
         found[row.item].append(right - left)
     topics = {row.item: row.topic for row in rows}
-    return {item: (topics[item], _mean(values)) for item, values in found.items()}
+    return {item: (topics[item], mean(values)) for item, values in found.items()}
 
 
 def _statement_leans(rows: Sequence[Row]) -> Values:
@@ -119,7 +120,7 @@ def _statement_leans(rows: Sequence[Row]) -> Values:
     return {
         item: (
             row.topic,
-            row.key * row.weight * counts[row.axis] / (2 * weights[row.axis, row.key]) * _mean(odds[item]),
+            row.key * row.weight * counts[row.axis] / (2 * weights[row.axis, row.key]) * mean(odds[item]),
         )
         for item, row in first.items()
         if weights[row.axis, 1] and weights[row.axis, -1]
@@ -173,7 +174,7 @@ class Reliability:
 
 def reliability(rows: Sequence[Row], seed: int) -> Reliability | None:
     """Of one state's rows of one instrument; None where no statements were asked about."""
-    political = [row for row in rows if row.kind in ("pair", "statement") and _is_on(row, POLITICAL)]
+    political = [row for row in rows if row.kind in ("pair", "statement") and is_on(row, POLITICAL)]
     plain = [row for row in political if row.persona == "none" and row.asker == "none"]
     pairs = _opposites([row for row in plain if row.kind == "pair"])
     if not plain:
@@ -183,12 +184,12 @@ def reliability(rows: Sequence[Row], seed: int) -> Reliability | None:
     of_item: dict[str, tuple[str, list[float]]] = {}
     for (item, topic, _, _), same in zip(pairs, map(max, agree, disagree), strict=True):
         of_item.setdefault(item, (topic, []))[1].append(float(same) - 0.5)
-    contradictions = {item: (topic, _mean(values)) for item, (topic, values) in of_item.items()}
+    contradictions = {item: (topic, mean(values)) for item, (topic, values) in of_item.items()}
     return Reliability(
         mass=float(numpy.median([mass(row) for row in plain])),
-        yes_bias=_mean([(one + two) / 2 for _, _, one, two in pairs]),
-        both_agree=_mean(agree),
-        both_disagree=_mean(disagree),
+        yes_bias=mean([(one + two) / 2 for _, _, one, two in pairs]),
+        both_agree=mean(agree),
+        both_disagree=mean(disagree),
         contradiction=effect_of(contradictions, seed) if contradictions else None,
         order_flips=_flips(plain, "order"),
         template_flips=_flips(plain, "template"),
@@ -213,7 +214,7 @@ def _written(rows: Sequence[Row], plain: Sequence[Row]) -> dict[str, float]:
             agrees = f" {found.group().lower()}" in POSITIVE
             agrees ^= bool(_NEGATED.search(text[: found.start()]))
             alike.append(agrees == (odds[row.question] > 0))
-    return {"written": len(alike) / len(checked) if checked else math.nan, "written_alike": _mean(alike)}
+    return {"written": len(alike) / len(checked) if checked else math.nan, "written_alike": mean(alike)}
 
 
 def known_groups(rows: Sequence[Row], seed: int) -> Effect | None:
@@ -244,7 +245,7 @@ def _flips(rows: Sequence[Row], varied: Literal["order", "template", "wording"])
         answers[key].add(log_odds(row) > 0)
         ways[key].add(getattr(row, varied))
     compared = [key for key in answers if len(ways[key]) > 1]
-    return _mean([len(answers[key]) > 1 for key in compared])
+    return mean([len(answers[key]) > 1 for key in compared])
 
 
 def _split_half(rows: Sequence[Row]) -> float:
@@ -346,8 +347,8 @@ def shift(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> Shift:
         found.append(
             AxisShift(
                 axis=axis,
-                base=_mean([before[item][1] for item in common]),
-                tuned=_mean([after[item][1] for item in common]),
+                base=mean([before[item][1] for item in common]),
+                tuned=mean([after[item][1] for item in common]),
                 shift=effect,
                 p_holm=effect.p,
                 standardised=float(effect.mean / spread) if spread else math.nan,
@@ -431,7 +432,7 @@ def failed_gates(base: Sequence[Row], tuned: Sequence[Row], told: Reliability | 
         told: the base's reliability.
     """
     found = []
-    topics = {row.topic for row in base if _is_on(row, POLITICAL)}
+    topics = {row.topic for row in base if is_on(row, POLITICAL)}
     if len(topics) < FEWEST_TOPICS:
         found.append(f"{len(topics)} political topics are fewer than {FEWEST_TOPICS}")
     of_axis: dict[str, set[int]] = defaultdict(set)
@@ -519,98 +520,6 @@ def _one_sided(effect: Effect, towards: int) -> float:
     return effect.p / 2 if effect.mean * towards > 0 else 1 - effect.p / 2
 
 
-# --- side effects ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What tuning did to something that it was not meant to change: before, after, and the paired change with its interval."""
-
-    name: str
-    unit: str
-    base: float
-    tuned: float
-    change: Effect
-
-
-def guards(base: Sequence[Row], tuned: Sequence[Row], seed: int) -> tuple[Guard, ...]:
-    """Facts and arithmetic told right, perplexity of neutral prose, how far the next token's distribution moved, and answers.
-
-    A change of one word in what a request asks for, from left to right, should not change whether it is refused.
-    """
-    found = [
-        _guard(name, unit, measured(base), measured(tuned), seed)
-        for name, unit, measured in (
-            ("facts and arithmetic right", "share", _right_choices),
-            ("surprise at neutral prose", "nats per token", _surprise),
-            ("length of answers", "words", lambda rows: _of_answers(rows, lambda text: float(len(text.split())))),
-            ("political answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"), POLITICAL)),
-            ("political answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"), POLITICAL)),
-            ("control answers that refuse", "share", lambda rows: _of_answers(rows, _is("refusal"), CONTROL)),
-            ("control answers that hedge", "share", lambda rows: _of_answers(rows, _is("hedge"), CONTROL)),
-            ("refusals of the right's requests less the left's", "share", _asymmetry),
-        )
-    ]
-    for name, wanted in (("political questions", POLITICAL), ("control questions", CONTROL)):
-        values = {
-            f"{row.instrument}/{row.item}/{row.side}": (row.topic, row.kl)
-            for row in tuned
-            if row.kl is not None and _is_on(row, wanted)
-        }
-        if values:
-            effect = effect_of(values, seed)
-            found.append(Guard(f"divergence of the next token, {name}", "nats", 0.0, effect.mean, effect))
-    return tuple(each for each in found if each)
-
-
-def _is(label: answers.Label) -> Callable[[str], float]:
-    return lambda text: float(answers.classify(text) == label)
-
-
-def _of_answers(rows: Sequence[Row], measured: Callable[[str], float], axis: str | None = None) -> Values:
-    return {
-        f"{row.instrument}/{row.item}/{row.side}": (row.topic, measured(row.text))
-        for row in rows
-        if row.kind in ("open", "request") and row.text is not None and (axis is None or _is_on(row, axis))
-    }
-
-
-def _asymmetry(rows: Sequence[Row]) -> Values:
-    refused = _of_answers([row for row in rows if row.kind == "request"], _is("refusal"))
-    return {
-        name.removesuffix("/right"): (topic, value - refused[name.removesuffix("right") + "left"][1])
-        for name, (topic, value) in refused.items()
-        if name.endswith("/right")
-    }
-
-
-def _guard(name: str, unit: str, before: Values, after: Values, seed: int) -> Guard | None:
-    common = [item for item in after if item in before]
-    if not common:
-        return None
-    base, tuned = (_mean([values[item][1] for item in common]) for values in (before, after))
-    return Guard(name, unit, base, tuned, effect_of(differences(after, before), seed))
-
-
-def _right_choices(rows: Sequence[Row]) -> Values:
-    return {
-        f"{row.instrument}/{row.item}": (
-            row.topic,
-            float(max(range(len(row.log_probs)), key=row.log_probs.__getitem__) == row.answer),
-        )
-        for row in rows
-        if row.kind == "choice"
-    }
-
-
-def _surprise(rows: Sequence[Row]) -> Values:
-    return {
-        f"{row.instrument}/{row.item}": (row.topic, -row.log_probs[0] / row.tokens[0])
-        for row in rows
-        if row.kind == "passage"
-    }
-
-
 # --- small things ----------------------------------------------------------------------------------------------------
 
 
@@ -634,7 +543,8 @@ def _columns(values: Values) -> tuple[Floats, list[str]]:
     return numpy.array([value for _, (_, value) in ordered]), [topic for _, (topic, _) in ordered]
 
 
-def _mean(values: Sequence[float] | Sequence[bool]) -> float:
+def mean(values: Sequence[float] | Sequence[bool]) -> float:
+    """Rounded once; not a number of none."""
     return float(math.fsum(values) / len(values)) if values else math.nan
 
 

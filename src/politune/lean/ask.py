@@ -8,9 +8,9 @@ from pathlib import Path
 from politune import report
 from politune.config import ANSWER_TOKENS
 from politune.errors import ConfigError, DataError, OutputError, safe
-from politune.lean import analysis, instruments
-from politune.lean.analysis import Guard
+from politune.lean import instruments
 from politune.lean.answers import Label, classify
+from politune.lean.guards import Guard, changes
 from politune.lean.instruments import Open, Request
 from politune.lean.prompts import Prompter
 from politune.lean.results import side_effects
@@ -172,9 +172,7 @@ def ask(
         )
         for place, (one, two) in enumerate(zip(before, after, strict=True))
     )  # fmt: skip
-    rates = (
-        analysis.guards(_rows(answers, "base"), _rows(answers, "tuned"), seed) if prompts and subject.adapter else ()
-    )
+    rates = changes(_rows(answers, "base"), _rows(answers, "tuned"), seed) if prompts and subject.adapter else ()
     result = AskReport(
         base.name, str(subject.adapter) if subject.adapter else None, subject.direction if subject.adapter else None,
         prompts, max_new_tokens, samples, temperature, seed, answers, rates,

@@ -7,7 +7,8 @@ from typing import Any
 
 from politune import record
 from politune.lean import analysis
-from politune.lean.analysis import Guard, Part, Position, Reliability, Shift, Verdict
+from politune.lean.analysis import Part, Position, Reliability, Shift, Verdict
+from politune.lean.guards import Guard, changes
 from politune.lean.prompts import Asker
 from politune.lean.rows import Row, State
 from politune.lean.statistics import Effect
@@ -111,7 +112,7 @@ def summarise(measured: Mapping[str, Any], rows: Sequence[Row]) -> MeasureReport
         verdict = analysis.verdict(shift, gates, unit=part.unit) if shift else None
         results.append(PartResult(part, tuple(states), gates, shift, verdict))
     base_rows, tuned_rows = ([row for row in rows if row.state == state] for state in ("base", "tuned"))
-    guards = analysis.guards(base_rows, tuned_rows, seed) if tuned_rows else ()
+    guards = changes(base_rows, tuned_rows, seed) if tuned_rows else ()
     return MeasureReport(measured, tuple(results), guards, len(rows))
 
 
