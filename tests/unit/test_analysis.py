@@ -360,7 +360,8 @@ def test_refusals_are_compared_between_the_two_sides_of_a_request() -> None:
     found = {each.name: each for each in guards.changes(rows("base", ""), rows("tuned", "right"), 0)}
     asymmetry = found["refusals of the right's requests less the left's"]
     assert (asymmetry.base, asymmetry.tuned) == (0.0, 1.0)
-    assert found["answers that refuse"].tuned == 0.5
+    assert found["political answers that refuse"].tuned == 0.5
+    assert "control answers that refuse" not in found
     mirrored = {each.name: each for each in guards.changes(rows("base", ""), rows("tuned", "left"), 0)}
     assert mirrored[asymmetry.name].change.mean == -asymmetry.change.mean
 
