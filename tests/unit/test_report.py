@@ -284,7 +284,7 @@ def test_every_plot_has_its_words_and_its_table() -> None:
     assert text.count("<svg viewBox") == text.count('role="img"') == text.count("<details>") == 2
     assert "2 bars; the largest is 50-99 with 1,024. Unit: rows." in text
     assert "Over step: train goes from 0.75 to 0.5, between 0.5 and 0.75; validation goes from 0.625" in text
-    assert '<td>50-99</td><td class="number">1,024</td>' in text
+    assert '<td class="short">50-99</td><td class="number">1,024</td>' in text
     assert '<td class="number">1</td><td class="number">0.75</td><td class="number">–</td>' in text
     assert '<td class="number">2</td><td class="number">0.5</td><td class="number">0.625</td>' in text
     assert 'class="middle strong">step</text>' in text and 'class="middle strong">rows</text>' in text

@@ -16,6 +16,7 @@ from politune.report import Bars, Cell, Curve, Facts, Intervals, Lines, Report, 
 from politune.report.cells import cell_text, numeric_columns
 from politune.report.plots import draw_bars, draw_curve, draw_intervals
 
+MOST_SHORT = 20
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2024; --muted: #5d666f; --rule: #dfe3e8; --soft: #f5f7f9;
   --s0: #0b6e75; --s1: #b0530a; --s2: #6a4fb3; --s3: #3b7a2a; --s4: #a33a6f; --s5: #5a6472; }
@@ -57,6 +58,7 @@ svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 .s4 { stroke: var(--s4); stroke-dasharray: 14 5; } .s5 { stroke: var(--s5); stroke-dasharray: 4 3; }
 .d0 { fill: var(--s0); } .d1 { fill: var(--s1); } .d2 { fill: var(--s2); } .d3 { fill: var(--s3); }
 .d4 { fill: var(--s4); } .d5 { fill: var(--s5); } .dot { stroke: none; }
+td.short { white-space: nowrap; }
 details { margin-top: .5rem; font-size: .9rem; } summary { color: var(--muted); cursor: pointer; }
 details table { margin-top: .5rem; }
 @media (max-width: 36rem) { .facts th, .facts td { display: block; width: auto; padding-right: 0; }
@@ -151,11 +153,18 @@ def _table_of(columns: Sequence[str], rows: Sequence[Sequence[Cell]], numeric: S
     head = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for name, kind in zip(columns, kinds, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f"<td{kind}>{escape(cell_text(cell))}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "".join(
+            f"<td{kind or _short(cell)}>{escape(cell_text(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
+        )
         + "</tr>\n"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def _short(cell: Cell) -> str:
+    """A class for what is to stay on one line, an interval for instance."""
+    return ' class="short"' if len(cell_text(cell)) <= MOST_SHORT else ""
 
 
 def _figure(plot: str, table: str) -> str:
