@@ -2,9 +2,13 @@
 
 import os
 
+import hypothesis
 import pytest
 
 from politune.models import demo
+
+hypothesis.settings.register_profile("politune", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("politune")
 
 # Read by the Hugging Face libraries on import: they must stand here, before any test module is collected.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from politune.errors import OutputError
@@ -335,6 +335,8 @@ def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]
 
 
 @given(st.floats(-1e12, 1e12), st.floats(-1e12, 1e12))
+@example(0.0, 5e-324)
+@example(1e12, 1e12 + 2e-4)
 def test_ticks_enclose_anything(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
     ticks = nice_ticks(low, high)

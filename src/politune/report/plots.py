@@ -19,6 +19,7 @@ SERIES_STYLES = 6
 MOST_MARKED_POINTS = 40
 LABEL_CHARACTERS = 28
 LEGEND_COLUMNS = 3
+TINY = 1e-300
 
 Point = tuple[float, float]
 
@@ -103,8 +104,8 @@ def nice_ticks(low: float, high: float, *, about: int = 5, whole: bool = False) 
 
     Heckbert, "Nice numbers for graph labels" (Graphics Gems, 1990). `whole` keeps the distance at 1 or more.
     """
-    if low == high:
-        margin = abs(low) * 0.1 or 1.0
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), TINY):  # one number, but for its rounding
+        margin = abs(low) * 0.1 if abs(low) > TINY else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
