@@ -545,7 +545,11 @@ def ask_command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = ANSWER_TOKENS,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A new directory of answers.jsonl and the report (default: only shown)."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of answers.jsonl and the report; the same command goes on there (default: only shown).",
+        ),
     ] = None,
     offline: Offline = False,
     json: Json = False,

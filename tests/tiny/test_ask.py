@@ -11,6 +11,7 @@ from politune.data import sources
 from politune.errors import ConfigError, DataError, ModelError, OutputError
 from politune.lean import ask
 from politune.lean.prompts import Prompter
+from politune.lean.respondent import Respondent
 from politune.models import load
 from politune.models.writer import Writer
 from tiny import tiny_models
@@ -103,8 +104,39 @@ def test_open_requests_are_answered_and_kept(run: Path, prompts: Path, tmp_path:
     assert lines[3]["prompt"]["text"] == "Praise rule 0."
     assert "Praise rule 0." in (tmp_path / "out" / "report.html").read_text()
     assert asked(run, prompts=str(prompts)) == report
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="holds answers to something else"):
         asked(run, output=tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        asked(run, output=tmp_path / "other")
+
+
+def test_answers_that_were_given_are_not_asked_for_again(
+    run: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at any block, and gone on with: the files of what was not stopped."""
+    monkeypatch.setattr(ask, "AT_ONCE", 2)
+    given = {"prompts": str(prompts), "temperature": 1.5, "samples": 2, "seed": 3}
+    whole = asked(run, output=tmp_path / "whole", **given)
+    original = Respondent.answer
+    for stop in (1, 6, 17):
+        count = iter(range(100))
+
+        def answer(self: Respondent, *args: Any, stop: int = stop, count: Any = count, **options: Any) -> Any:
+            if next(count) == stop:
+                raise KeyboardInterrupt
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Respondent, "answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            asked(run, output=tmp_path / f"stopped-{stop}", **given)
+        monkeypatch.setattr(Respondent, "answer", original)
+        said: list[str] = []
+        assert asked(run, output=tmp_path / f"stopped-{stop}", **given, say=said.append) == whole
+        assert f"going on: {stop} of 20 blocks are there" in said
+        for name in ("answers.jsonl", "report.json", "rows.jsonl"):
+            assert (tmp_path / f"stopped-{stop}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_drawn_answers_follow_their_seed(run: Path) -> None:
@@ -146,8 +178,8 @@ def test_the_writer_goes_on_as_each_text_alone_would(tiny_llama: Path) -> None:
     model, tokenizer = load.load_model(base), load.load_tokenizer(base)
     prompter, writer = Prompter(tokenizer), Writer(model, tokenizer)
     contexts = [prompter.opening("the rent " * count).context for count in (1, 2, 2, 3, 1)]
-    together = writer.write(contexts, max_new_tokens=8, repetition_penalty=1.1)
-    alone = [writer.write([context], max_new_tokens=8, repetition_penalty=1.1)[0] for context in contexts]
+    together = writer.write(contexts, max_new_tokens=8)
+    alone = [writer.write([context], max_new_tokens=8)[0] for context in contexts]
     assert together == alone
     assert len(set(together)) > 1
 

@@ -185,7 +185,7 @@ def test_another_measurement_is_not_written_over(
     tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
 ) -> None:
     measured(tiny_llama, instrument, tmp_path / "m", preset="quick")
-    with pytest.raises(OutputError, match="another measurement") as refused:
+    with pytest.raises(OutputError, match="holds answers to something else") as refused:
         measured(tiny_llama, instrument, tmp_path / "m", adapter, preset="quick")
     assert "adapter" in str(refused.value.why)
     (tmp_path / "used").mkdir()
@@ -363,7 +363,7 @@ def test_one_process_at_a_time_measures_into_a_directory(tiny_llama: Path, instr
     (tmp_path / "m").mkdir()
     with (
         owned(tmp_path / "m", OutputError("busy")),
-        pytest.raises(OutputError, match="another process is measuring into"),
+        pytest.raises(OutputError, match="another process is at work in"),
     ):
         measured(tiny_llama, instrument, tmp_path / "m", preset="quick")
     measured(tiny_llama, instrument, tmp_path / "m", preset="quick")

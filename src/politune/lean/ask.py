@@ -1,25 +1,34 @@
 """`politune ask`: the same requests to a base model and to what tuning made of it, side by side, in words of their own."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from politune import report
 from politune.config import ANSWER_TOKENS
 from politune.errors import ConfigError, DataError, OutputError, safe
-from politune.lean import instruments
+from politune.lean import instruments, papers, rows
 from politune.lean.answers import Label, classify
 from politune.lean.guards import Guard, changes
 from politune.lean.instruments import Open, Request
+from politune.lean.plan import Asked, Block
 from politune.lean.prompts import Prompter
 from politune.lean.results import side_effects
 from politune.lean.rows import Row, State
 from politune.models import load, tuned
-from politune.models.writer import Writer
+from politune.models.writer import AT_ONCE
 from politune.progress import Phase
 from politune.report import Facts, Lines, Section
 from politune.writing import write_whole
+
+if TYPE_CHECKING:
+    from politune.lean.respondent import Respondent
+
+STATES: tuple[State, ...] = ("base", "tuned")
+PAPERS, ROWS = "asked.json", "rows.jsonl"
 
 # The first is about a topic that stances holds out; in training it would show what was memorised.
 QUESTIONS = ("Should unemployment benefits be more generous?", "What makes a good breakfast?")
@@ -122,13 +131,13 @@ def ask(
         samples: answers to each.
         temperature: 0 takes the likeliest words; above it they are drawn, from `seed`.
         max_new_tokens: longest answer.
-        output: a new directory of answers.jsonl, report.json and report.html.
+        output: a new directory of answers.jsonl, report.json and report.html, or one of the same command, which goes on.
 
     Raises:
         ConfigError: no such combination.
         DataError: the instrument has no open requests.
         ModelError: a model or adapter is wrong.
-        OutputError: the directory is not empty, or cannot be written.
+        OutputError: the directory holds something else, or cannot be written.
     """
     if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         raise ConfigError(f"--max-new-tokens {max_new_tokens} is not between 1 and {MOST_NEW_TOKENS}")
@@ -138,49 +147,89 @@ def ask(
         raise ConfigError("without a temperature all samples are the same", where="--samples", fix="--temperature 1")
     asked = _prompts(questions, prompts)
     if output:
-        _check(output)
+        papers.check(output, PAPERS)
     subject = tuned.subject(model, adapter)
     base = load.resolve(subject.base, offline=offline, say=say)
     tokenizer = load.load_tokenizer(base)
+    blocks = _blocks(asked, samples, Prompter(tokenizer), max_new_tokens, has_adapter=subject.adapter is not None)
+    document = papers.describe(subject, base, tokenizer, subject.dtype) | {
+        "prompts": [asdict(each) for each in asked], "samples": samples, "temperature": temperature, "seed": seed,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    with papers.claimed(output, PAPERS, document) if output else nullcontext():
+        journal = rows.Journal(output / ROWS if output else None)
+        missing = [(state, block) for state, block in blocks if block.name not in journal.rows]
+        if journal.rows:
+            say(f"going on: {len(journal.rows)} of {len(blocks)} blocks are there")
+        if missing:
+            respondent = _load(subject, base, tokenizer, say)
+            told, done = Phase("asking", "answers", say), 0
+            for state, block in missing:
+                journal.append(block.name, respondent.answer(state, block, temperature=temperature, seed=seed))
+                done += len(block.asked)
+                told(done, sum(len(each.asked) for _, each in missing))
+        found = {state: [row for of, block in blocks if of == state for row in journal.rows[block.name]]
+                 for state in STATES}  # fmt: skip
+        rates = changes(found["base"], found["tuned"], seed) if prompts and found["tuned"] else ()
+        result = AskReport(
+            base.name, str(subject.adapter) if subject.adapter else None, subject.direction if subject.adapter else None,
+            prompts, max_new_tokens, samples, temperature, seed, _answers(asked, found), rates,
+        )  # fmt: skip
+        if output:
+            _write(result, output)
+            say(f"wrote {safe(output)}")
+    return result
+
+
+def _blocks(
+    asked: Sequence[Prompt], samples: int, prompter: Prompter, new_tokens: int, *, has_adapter: bool
+) -> list[tuple[State, Block]]:
+    """Sample by sample, so many prompts at a time: what is lost where it is interrupted."""
+    contexts = [prompter.opening(each.text) for each in asked]
+    found: list[tuple[State, Block]] = []
+    for state in STATES if has_adapter else STATES[:1]:
+        for sample in range(samples):
+            of_sample = [Asked(query, _row(state, each, sample)) for query, each in zip(contexts, asked, strict=True)]
+            for start in range(0, len(asked), AT_ONCE):
+                block = Block(
+                    f"{state}/{sample}/{start}", "written", tuple(of_sample[start : start + AT_ONCE]), new_tokens
+                )
+                found.append((state, block))
+    return found
+
+
+def _row(state: State, prompt: Prompt, sample: int) -> Row:
+    """An answer as a measurement's row, still without it; a sample counts as an item."""
+    return Row(
+        state=state, instrument="", kind="request" if prompt.side else "open", item=f"{prompt.id} {sample}", topic=prompt.topic,
+        axis=prompt.axis, side=prompt.side, template=0, order=0, wording=0, asker="none", persona="none", log_probs=(), tokens=(),
+    )  # fmt: skip
+
+
+def _load(subject: tuned.Subject, base: load.ResolvedModel, tokenizer: Any, say: Callable[[str], None]) -> "Respondent":
+    from politune.lean.respondent import Respondent
+
     say(f"loading {safe(base.name)}")
-    loaded = load.load_model(base, bf16=subject.dtype == "bfloat16", use_4bit=subject.base.use_4bit)
+    model = load.load_model(base, bf16=subject.dtype == "bfloat16", use_4bit=subject.base.use_4bit)
     if subject.adapter:
-        loaded = load.load_adapter(loaded, subject.adapter, base=base)
-    writer, prompter = Writer(loaded, tokenizer), Prompter(tokenizer)
-    contexts = [prompter.opening(each.text).context for each in asked] * samples
+        model = load.load_adapter(model, subject.adapter, base=base)
+    return Respondent(model, tokenizer)
 
-    def write(state: State) -> list[str]:
-        return writer.write(
-            contexts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            told=Phase(f"asking the {state} model", "answers", say),
-        )
 
-    if subject.adapter:
-        with loaded.disable_adapter():
-            before = write("base")
-        after: Sequence[str | None] = write("tuned")
-    else:
-        before = write("base")
-        after = [None] * len(before)
-    answers = tuple(
+def _answers(asked: Sequence[Prompt], found: Mapping[State, Sequence[Row]]) -> tuple[Answer, ...]:
+    before = [(row.text or "").strip() for row in found["base"]]
+    after: Sequence[str | None] = [(row.text or "").strip() for row in found["tuned"]] or [None] * len(before)
+    return tuple(
         Answer(
-            asked[place % len(asked)], place // len(asked), one.strip(), two if two is None else two.strip(),
-            classify(one), None if two is None else classify(two),
+            asked[place % len(asked)],
+            place // len(asked),
+            one,
+            two,
+            classify(one),
+            None if two is None else classify(two),
         )
         for place, (one, two) in enumerate(zip(before, after, strict=True))
-    )  # fmt: skip
-    rates = changes(_rows(answers, "base"), _rows(answers, "tuned"), seed) if prompts and subject.adapter else ()
-    result = AskReport(
-        base.name, str(subject.adapter) if subject.adapter else None, subject.direction if subject.adapter else None,
-        prompts, max_new_tokens, samples, temperature, seed, answers, rates,
-    )  # fmt: skip
-    if output:
-        _write(result, output)
-        say(f"wrote {safe(output)}")
-    return result
+    )
 
 
 def _prompts(questions: Sequence[str], name: str | None) -> list[Prompt]:
@@ -200,27 +249,6 @@ def _prompts(questions: Sequence[str], name: str | None) -> list[Prompt]:
     if len(found) == len(questions):
         raise DataError(f"{safe(name)} has no open requests", fix="politune-open has some")
     return found
-
-
-def _rows(answers: Sequence[Answer], state: State) -> list[Row]:
-    """The answers as a measurement's rows."""
-    return [
-        Row(
-            state=state, instrument="", kind="request" if each.prompt.side else "open", item=f"{each.prompt.id} {each.sample}",
-            topic=each.prompt.topic, axis=each.prompt.axis, side=each.prompt.side, template=0, order=0, wording=0, asker="none",
-            persona="none", log_probs=(), tokens=(), text=each.base if state == "base" else each.tuned,
-        )
-        for each in answers
-    ]  # fmt: skip
-
-
-def _check(output: Path) -> None:
-    try:
-        if output.exists() and any(output.iterdir()):
-            raise OutputError(f"{safe(output)} is not empty", fix="choose another -o")
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write into {safe(output)}", why=error.strerror, fix="choose another -o") from error
 
 
 def _write(result: AskReport, output: Path) -> None:

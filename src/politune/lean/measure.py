@@ -4,26 +4,21 @@ The directory holds `measurement.json` (what is measured, and with what), `rows.
 `report.html`. The same command again goes on where it was stopped, and whatever the interruption the report is the same.
 """
 
-import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from politune import __version__, plan, record, report
-from politune.errors import ConfigError, DataError, OutputError, safe
-from politune.lean import instruments, rows
+from politune import record, report
+from politune.errors import ConfigError, DataError, safe
+from politune.lean import instruments, papers, rows
 from politune.lean.instruments import Instrument
 from politune.lean.kept import KeptRows
 from politune.lean.plan import PRESETS, Block, Preset, blocks, is_asked
 from politune.lean.prompts import Asker, Prompter
 from politune.lean.results import MeasureReport, summarise
 from politune.lean.rows import State
-from politune.locks import LOCK, owned
 from politune.models import adapter as adapters
 from politune.models import load, tuned
-from politune.models.files import sha256_of
 from politune.progress import Phase
 from politune.writing import write_whole
 
@@ -69,6 +64,7 @@ def measure(
         OutputError: the directory belongs to another measurement, or cannot be written.
     """
     given = given_instruments(instrument_names, preset)
+    papers.check(output, PAPERS)
     what = tuned.subject(model, adapter)
     states: tuple[State, ...] = ("base", "tuned") if what.adapter else ("base",)
     base = load.resolve(what.base, offline=offline, say=say)
@@ -76,29 +72,12 @@ def measure(
     prompter = Prompter(tokenizer)
     precision = dtype or what.dtype
     every: tuple[Asker, ...] = ("none", *(each for each in askers if each != "none"))
-    document = {
-        "politune": __version__,
-        "base": {
-            "name": base.public_name,
-            "commit": base.commit,
-            "sha256": load.base_sha256(base),
-            "config_sha256": _sha256_of_json(base.config),
-        },
-        "adapter": _adapter_sha256(what.adapter),
-        "merged_from": _merged(base.config).get("base_sha256"),
+    document = papers.describe(what, base, tokenizer, precision) | {
         "recipe": _recipe(what.papers),
-        "direction": what.direction if what.adapter else _merged(base.config).get("direction"),
-        "dtype": precision,
-        "use_4bit": what.base.use_4bit,
-        "device": plan.probe(output).device_name,
-        "chat_template_sha256": _template_sha256(tokenizer),
         "instruments": {each.header.name: each.sha256 for each in given},
         "preset": preset,
         "askers": list(every),
         "seed": seed,
-        "libraries": {
-            name: version for name, version in record.environment()["libraries"].items() if name in _LIBRARIES
-        },
     }
     asked = {
         (state, each.header.name): list(blocks(state, each, prompter, preset, every))
@@ -106,7 +85,7 @@ def measure(
         for each in given
     }
     todo = [(state, block) for (state, _), found in asked.items() for block in found]
-    with _claimed(output, document):
+    with papers.claimed(output, PAPERS, document):
         journal = rows.Journal(output / ROWS)
         if journal.rows:
             say(f"going on: {len(journal.rows)} of {len(todo)} blocks are there")
@@ -162,9 +141,6 @@ def _write_card(adapter: Path, found: MeasureReport, say: Say) -> None:
         say(f"the model card stays as it was: {safe(error.strerror)}")
 
 
-_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")
-
-
 def _answer_all(
     missing: Sequence[tuple[State, Block]],
     base: load.ResolvedModel,
@@ -190,64 +166,13 @@ def _answer_all(
         progress(done, total)
 
 
-def _recipe(papers: dict[str, Any]) -> str | None:
+def _recipe(run: dict[str, Any]) -> str | None:
     """Of a run's settings but its seed and its place: what runs over seeds share; None where no run is known."""
     settings = {
-        name: value for name, value in record.settings_of(papers).items()
+        name: value for name, value in record.settings_of(run).items()
         if name != "train.seed" and not name.startswith(NOT_OF_AN_ADAPTER)
     }  # fmt: skip
-    return _sha256_of_json({**settings, "data": papers.get("data")}) if settings else None
-
-
-def _merged(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a merged checkpoint says of itself; empty for a base."""
-    papers = config.get("politune")
-    return papers if isinstance(papers, dict) else {}
-
-
-def _sha256_of_json(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _adapter_sha256(adapter: Path | None) -> str | None:
-    return None if adapter is None else sha256_of(adapter / adapters.WEIGHTS)
-
-
-def _template_sha256(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _claimed(output: Path, document: dict[str, Any]) -> Iterator[None]:
-    """The directory is this measurement's, and this process's while the block lasts."""
-    shown = safe(output)
-    busy = OutputError(f"another process is measuring into {shown}", fix="wait for it to end, or choose another -o")
-    with contextlib.ExitStack() as stack:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(owned(output, busy))
-            _claim(output, document)
-        except OSError as error:
-            raise OutputError(f"cannot write into {shown}", why=error.strerror, fix="choose another -o") from error
-        yield
-
-
-def _claim(output: Path, document: dict[str, Any]) -> None:
-    there = record.read_json(output / PAPERS)
-    if there == document:
-        return
-    if there is not None:
-        changed = sorted(key for key in {*there, *document} if there.get(key) != document.get(key))
-        raise OutputError(
-            f"{safe(output)} holds another measurement",
-            why=f"it differs in {', '.join(changed)}",
-            fix="choose another -o, or remove it first",
-        )
-    killed = f".{PAPERS}-"  # what a killed process left
-    if any(entry.name != LOCK and not entry.name.startswith(killed) for entry in output.iterdir()):
-        raise OutputError(f"{safe(output)} is not empty", fix="choose another -o")
-    record.write_json(output / PAPERS, document)
+    return papers.sha256_of_json({**settings, "data": run.get("data")}) if settings else None
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[rows.Row]]:

@@ -27,8 +27,12 @@ class Respondent:
             model, "disable_adapter", nullcontext
         )
 
-    def answer(self, state: State, block: Block) -> list[Row]:
+    def answer(self, state: State, block: Block, *, temperature: float = 0.0, seed: int = 0) -> list[Row]:
         """The block's rows, answered.
+
+        Args:
+            temperature: of what is written; 0 takes the likeliest words.
+            seed: of what is drawn; both states and all blocks draw apart.
 
         Raises:
             ModelError: the model gives what is no number.
@@ -42,7 +46,9 @@ class Respondent:
                 found = [replace(row, log_probs=total) for row, total in zip(bare, totals, strict=True)]
             elif block.mode == "written":
                 contexts = [query.context for query in queries]
-                texts = self.writer.write(contexts, max_new_tokens=block.new_tokens)
+                texts = self.writer.write(
+                    contexts, max_new_tokens=block.new_tokens, temperature=temperature, seed=f"{seed} {block.name}"
+                )
                 found = [replace(row, text=text) for row, text in zip(bare, texts, strict=True)]
             else:
                 tuned = self.scorer.next_tokens(queries)

@@ -74,14 +74,17 @@ class Journal:
     """The rows on disk, block after block.
 
     Args:
-        path: of the file; what is whole in it is kept, the rest cut off.
+        path: of the file; what is whole in it is kept, the rest cut off. None keeps the rows in memory.
 
     Raises:
         DataError: the file is none of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.rows: dict[str, list[Row]] = {}
+        if path is None:
+            return
         content = path.read_bytes() if path.exists() else b""
         self.rows, whole = _blocks(content, path)
         if whole < len(content):
@@ -94,6 +97,9 @@ class Journal:
         Raises:
             OutputError: the disk is full or gone.
         """
+        self.rows[block] = list(rows)
+        if self.path is None:
+            return
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
@@ -106,7 +112,6 @@ class Journal:
             raise OutputError(
                 f"cannot write {safe(self.path)}", why=error.strerror, fix="make room and run the same command again"
             ) from error
-        self.rows[block] = list(rows)
 
 
 def read(path: Path) -> dict[str, list[Row]]:

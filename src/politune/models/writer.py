@@ -1,12 +1,11 @@
 """Text that a model writes on from given tokens: greedily, or drawn with a seed.
 
-Contexts of one length are written on together, so that nothing is padded: a padding token would count as already said where
-repetition is discouraged.
+Contexts of one length are written on together, so that nothing is padded.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Ids: TypeAlias = tuple[int, ...]
@@ -30,9 +29,7 @@ class Writer:
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        told: Callable[[int, int], None] = lambda done, total: None,
+        seed: int | str = 0,
     ) -> list[str]:
         """What follows each context, without special tokens.
 
@@ -40,9 +37,7 @@ class Writer:
             contexts: token ids, each at least one.
             max_new_tokens: the longest text.
             temperature: the logits are divided by it before a token is drawn from all of the vocabulary; 0 takes the likeliest.
-            repetition_penalty: what tokens that were there already are made less likely by; 1 leaves them.
             seed: of the draws.
-            told: takes how many of how many are written.
         """
         import torch
 
@@ -66,17 +61,16 @@ class Writer:
                         input_ids=inputs,
                         attention_mask=torch.ones_like(inputs),
                         max_new_tokens=max_new_tokens,
-                        repetition_penalty=repetition_penalty,
+                        repetition_penalty=1.0,
                         pad_token_id=self.tokenizer.pad_token_id,
                         **drawn,
                     )
                 for number, tokens in zip(numbers, out[:, length:], strict=True):
                     texts[number] = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
                 done += len(numbers)
-                told(done, len(contexts))
         return texts
 
 
-def _mixed(seed: int, place: int) -> int:
+def _mixed(seed: int | str, place: int) -> int:
     """A seed of 32 bits (a CPU's generator takes no more of one); batches of different seeds share no draws."""
     return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")
