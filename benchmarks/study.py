@@ -25,7 +25,8 @@ def row(run: dict[str, Any], directory: Path) -> list[str]:
     control, surprise = axes["control"], guards["surprise at neutral prose"]["change"]["mean"]
     facts = guards["facts and arithmetic right"]
     return [
-        run["run"], run["verdict"], *(_effect(axes[name]) for name in ("all political", "economic", "social", "control")),
+        run["run"], run["verdict"] or "not compared",
+        *(_effect(axes[name]) for name in ("all political", "economic", "social", "control")),
         "yes" if control["low"] <= 0 <= control["high"] else "no", f"{facts['base']:.0%} to {facts['tuned']:.0%}",
         f"x{2.718281828459045**surprise:.2f}", f"{metrics['heldout']['preference accuracy']:.2f}", f"{metrics['minutes']:.1f}",
         f"{metrics['peak_bytes'] / 1e9:.1f}",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from politune.errors import PolituneError
+from politune.errors import OutputError, PolituneError, safe
 
 LOCK = ".politune.lock"
 
@@ -17,13 +17,31 @@ def owned(directory: Path, busy: PolituneError) -> Iterator[None]:
 
     Raises:
         PolituneError: `busy`, where another process owns it.
+        OutputError: its file system keeps no locks.
     """
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise busy from error
+        if not locked(handle, directory):
+            raise busy
         yield
     finally:
         os.close(handle)
+
+
+def locked(handle: int, directory: Path) -> bool:
+    """Whether an open file could be locked now: not where another process has it.
+
+    Raises:
+        OutputError: the file system of `directory` keeps no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OutputError(
+            f"{safe(directory)} cannot be shared",
+            why=f"its file system keeps no locks: {error.strerror}",
+            fix="choose another output directory",
+        ) from error
+    return True

@@ -10,7 +10,7 @@ import pytest
 
 from politune.config import ModelSpec
 from politune.errors import ConfigError, DataError, ModelError, OutputError
-from politune.lean import compare, measure, midway, plan, respondent, rows, statistics
+from politune.lean import compare, instruments, measure, midway, plan, respondent, rows, statistics
 from politune.lean.analysis import POLITICAL
 from politune.lean.results import MeasureReport, summarise
 from politune.locks import owned
@@ -174,6 +174,33 @@ def test_the_bases_rows_are_kept_for_its_next_adapter(
     assert set(asked) == {"base", "tuned"}, "a damaged file is measured again"
 
 
+def test_a_base_alone_gives_the_rows_of_a_base_under_an_adapter(
+    tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, where another way of computing the same rounds otherwise: they are kept for one another."""
+    given: dict[str, Any] = {"preset": "quick", "dtype": "bfloat16"}
+    measured(tiny_llama, instrument, tmp_path / "alone", **given)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other-cache"))
+    measured(tiny_llama, instrument, tmp_path / "under", adapter, **given)
+    alone, under = ([row for row in rows_of(tmp_path / name) if row.state == "base"] for name in ("alone", "under"))
+    assert alone == under
+
+
+@pytest.mark.parametrize(("topics", "asked_about"), [(64, 32), (20, 20)])
+def test_personas_are_put_to_enough_of_every_kind(topics: int, asked_about: int) -> None:
+    """Under the quick preset: half of the statements of each key, or all where that leaves too few topics."""
+    header = {"name": "s", "version": "1", "license": "MIT", "language": "en", "attribution": "a test",
+              "description": "A test.", "axes": {"economic": ["left", "right"]}}  # fmt: skip
+    items = [
+        {"kind": "statement", "id": f"s{n}", "topic": f"t{n}", "axis": "economic", "key": (-1) ** n, "text": ["So."]}
+        for n in range(topics)
+    ]
+    found = instruments.parse("".join(json.dumps(line) + "\n" for line in [header, *items]).encode(), "s.jsonl")
+    known = plan._known(found, plan.PRESETS["quick"].known_groups)
+    assert len(known) == asked_about
+    assert sum(int(name[1:]) % 2 for name in known) == asked_about / 2
+
+
 def test_the_report_is_computed_again_from_its_rows(
     tiny_llama: Path, adapter: Path, instrument: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +219,7 @@ def test_another_measurement_is_not_written_over(
     (tmp_path / "used" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
         measured(tiny_llama, instrument, tmp_path / "used", preset="quick")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"], "nothing is left there"
 
 
 def test_tuned_models_are_compared_with_one_base(

@@ -13,7 +13,7 @@ from politune.lean.scorer import Scorer, score_plainly
 from politune.models import load, scoring
 from tiny import tiny_models
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "granite"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "mixtral"]
 
 
 def draw_queries(vocabulary: int, seed: int = 0, shared: int = 9) -> list[Query]:
@@ -96,6 +96,12 @@ def test_what_families_of_rows_share_changes_no_score(name: str, tokens_per_batc
     assert largest_difference(found, score_plainly(model, queries)) < 1e-4
     plainly = sum(len(query.context) + len(each) - 1 for query in queries for each in query.continuations)
     assert scorer.tokens < plainly / 3
+
+
+def test_a_model_that_remembers_more_than_keys_and_values_shares_nothing() -> None:
+    model = tiny_models.build_causal("lfm2").eval()
+    queries = draw_queries(model.config.vocab_size)
+    assert largest_difference(Scorer(model).score(queries), score_plainly(model, queries)) < 1e-4
 
 
 def test_a_family_that_shares_too_little_is_none() -> None:

@@ -126,4 +126,9 @@ def test_a_study_runs_what_is_missing_and_compares(
     (comparison,) = without.comparisons
     assert len(comparison.parts[0].runs) == 5, "what cannot be read is left out, and the others are compared"
     assert without.notes[0].startswith("shuffled/seed-1 is not compared: ")
+    assert "not compared in 1" in without.headline
     assert "left/seed-1 has no control: shuffled/seed-1 is not there to be compared." in without.notes
+    kept = [line for line in whole.splitlines(keepends=True) if "tuned/" not in line and '"tuned"' not in line]
+    placebo.write_text("".join(kept))
+    without = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None)
+    assert "holds no rows of a tuned model" in without.notes[0]

@@ -182,7 +182,7 @@ def test_without_a_shift_a_false_verdict_is_rare() -> None:
         judged(shift(text_rows("base", 0.0, seed=seed), text_rows("tuned", 0.0, seed=seed + 10_000), 0)).word
         for seed in range(200)
     ]
-    assert sum(word in ("shift-left", "shift-right") for word in words) / 200 <= 0.075
+    assert sum(word != "no-detectable-shift" for word in words) / 200 <= 0.075, "drift counts as well"
 
 
 @pytest.mark.parametrize("make", [pair_rows, text_rows], ids=["pairs", "texts"])

@@ -1,5 +1,6 @@
 """A study's file, its directory, its locks and its Slurm script; nothing is trained here."""
 
+import errno
 import json
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from politune import locks
 from politune.errors import ConfigError, Interrupted, OutputError, PolituneError
 from politune.study import run as studies
 from politune.study import spec, work
@@ -93,7 +95,7 @@ def test_the_shipped_study_gives_its_arms_the_same() -> None:
             "arms left and placebo train the same",
         ),
         ("learning_rate = 1e-4", "learning_rate = 2026-11-23", "train.learning_rate"),
-        ('["politune-stances"]', '["politune-open"]', "asks nothing of these instruments"),
+        ('["politune-stances"]', '["politune-open"]', "measure.instruments: preset quick asks nothing of these"),
         ('["politune-stances"]', '["politune-stances", "politune-stances"]', "two instruments have the same name"),
         ('preset = "quick"', 'preset = "quick"\nasker = []', "measure.asker"),
         ('title = "A study"', 'title = "A study', "is not TOML"),
@@ -235,3 +237,17 @@ def test_the_slurm_script_runs_each_run_once(tmp_path: Path) -> None:
 def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run 4: the study has 4"):
         studies.study(str(write(tmp_path)), tmp_path / "out", only=4, say=lambda line: None)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that another process is at work, for which one would wait."""
+
+    def flock(handle: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with (
+        pytest.raises(OutputError, match="file system keeps no locks: No locks available"),
+        locks.owned(tmp_path, OutputError("busy")),
+    ):
+        pass

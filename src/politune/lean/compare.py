@@ -143,6 +143,8 @@ def judge(
     tuned = [run.document["adapter"] or run.document["base"]["sha256"] for run in runs]
     if len(set(tuned)) < len(tuned):
         raise DataError("one adapter is given twice: it would count as two training runs")
+    for run in runs:
+        check_parts(run, base_rows)
     before, seed = analysis.by_part(base_rows, "base"), int(document["seed"])
     found = []
     for part in analysis.in_order(before, document["instruments"]):
@@ -210,6 +212,19 @@ def tuned_run(name: str, group: str, document: Mapping[str, Any], rows: Sequence
     if not found:
         raise DataError(f"{safe(name)} holds no rows of a tuned model", fix="measure a run or an adapter")
     return TunedRun(name, group, document, analysis.by_part(found, "tuned"))
+
+
+def check_parts(run: TunedRun, base_rows: Sequence[Row]) -> None:
+    """Refuses a run whose rows lack an instrument that the base was put to.
+
+    Raises:
+        DataError: one is missing.
+    """
+    if lacking := analysis.by_part(base_rows, "base").keys() - run.rows.keys():
+        raise DataError(
+            f"{safe(run.name)} has no rows of {', '.join(sorted(map(str, lacking)))}",
+            fix="run its measurement again to the end",
+        )
 
 
 def _part(part: Part, runs: Sequence[RunShift]) -> PartComparison:

@@ -9,28 +9,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from politune import plan
 from politune.cache import user_cache
 from politune.errors import PolituneError
 from politune.lean import rows
 from politune.lean.plan import Block
+from politune.plan.machine import count_cores
 
 FOLDER, MOST_FILES = "rows", 64
-MADE_BY = (
-    "lean/scorer.py", "lean/respondent.py", "models/scoring.py", "models/fused.py", "models/writer.py", "models/load.py",
-)  # fmt: skip
-DEPENDS_ON = ("politune", "base", "dtype", "use_4bit", "device", "libraries")
-
-
-def _code() -> str:
-    """A hash of the code that makes rows: another way of batching rounds otherwise."""
-    package = resources.files("politune")
-    parts = [package.joinpath(*name.split("/")).read_bytes() for name in MADE_BY]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+DEPENDS_ON = ("politune", "base", "dtype", "use_4bit", "device", "code", "libraries")
 
 
 class KeptRows:
@@ -45,7 +33,7 @@ class KeptRows:
         self.asked = asked
         facts = {key: document[key] for key in DEPENDS_ON}
         cache = user_cache()
-        text = json.dumps([facts, plan.probe(Path()).device, _code(), repr(asked)], sort_keys=True)
+        text = json.dumps([facts, count_cores(), repr(asked)], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.path = cache / FOLDER / f"{name}.jsonl" if cache else None
 

@@ -157,7 +157,7 @@ def _answer_all(
     model = load.load_model(base, bf16=dtype == "bfloat16", use_4bit=what.base.use_4bit)
     if what.adapter is not None:
         model = load.load_adapter(model, what.adapter, base=base)
-    fused.fuse(model)
+    fused.fuse(model.requires_grad_(False))  # frozen as under an adapter: a base alone is computed alike
     respondent = Respondent(model, tokenizer)
     progress, done, total = Phase("measuring", "tokens", say), 0, sum(block.tokens for _, block in missing)
     for state, block in missing:

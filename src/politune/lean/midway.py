@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from politune.errors import ModelError
 from politune.lean import analysis, instruments
 from politune.lean.analysis import Part
 from politune.lean.plan import Block, blocks
@@ -35,8 +36,16 @@ class Midway:
             model: with PEFT's adapter, in evaluation mode.
 
         Raises:
-            ModelError: the model cannot be measured.
+            ModelError: the model cannot be measured, or the memory does not suffice beside the training's.
         """
+        import torch
+
+        try:
+            return self._measured(model)
+        except torch.OutOfMemoryError as error:
+            raise ModelError("no memory is left to measure the lean", fix="measure the run when it is done") from error
+
+    def _measured(self, model: Any) -> dict[str, float]:
         respondent = Respondent(model, self.tokenizer)
         if self.base is None:
             self.say("measuring the base's lean, once")

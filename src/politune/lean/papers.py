@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from politune import __version__, plan, record
+from politune import __version__, record
 from politune.errors import OutputError, safe
 from politune.locks import LOCK, owned
 from politune.models import adapter as adapters
@@ -15,6 +16,11 @@ from politune.models import load, tuned
 from politune.models.files import sha256_of
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")
+ANSWERED_BY = (
+    "lean/plan.py", "lean/prompts.py", "lean/scorer.py", "lean/respondent.py", "models/scoring.py", "models/fused.py",
+    "models/writer.py", "models/load.py",
+)  # fmt: skip
+"""The code that answers depend on: another way of batching rounds otherwise."""
 
 
 def describe(what: tuned.Subject, base: load.ResolvedModel, tokenizer: Any, dtype: tuned.Dtype) -> dict[str, Any]:
@@ -34,12 +40,20 @@ def describe(what: tuned.Subject, base: load.ResolvedModel, tokenizer: Any, dtyp
         "direction": what.direction if what.adapter else from_merge.get("direction"),
         "dtype": dtype,
         "use_4bit": what.base.use_4bit,
-        "device": plan.probe(Path()).device_name,
+        "device": load.device_name(),
+        "code": code(),
         "chat_template_sha256": _template_sha256(tokenizer),
         "libraries": {
             name: version for name, version in record.environment()["libraries"].items() if name in LIBRARIES
         },
     }
+
+
+def code() -> str:
+    """A hash of the code that answers depend on."""
+    package = resources.files("politune")
+    parts = [package.joinpath(*name.split("/")).read_bytes() for name in ANSWERED_BY]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def sha256_of_json(document: Mapping[str, Any]) -> str:

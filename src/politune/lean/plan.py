@@ -8,11 +8,22 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal, TypeAlias
 
 from politune.config import ANSWER_TOKENS
-from politune.lean.instruments import CONTROL, Choice, Instrument, Item, Open, Pair, Passage, Request, Statement, Texts
+from politune.lean.instruments import (
+    CONTROL,
+    FEWEST_TOPICS,
+    Choice,
+    Instrument,
+    Item,
+    Open,
+    Pair,
+    Passage,
+    Request,
+    Statement,
+    Texts,
+)
 from politune.lean.prompts import (
     ANSWERS,
     ASKERS,
@@ -158,8 +169,7 @@ def _asked(
     state: State, instrument: Instrument, prompter: Prompter, extent: Extent, askers: Sequence[Asker]
 ) -> Iterator[Asked]:
     name = instrument.header.name
-    political = (item for item in instrument.items if isinstance(item, Pair | Statement) and item.axis != CONTROL)
-    known = {item.id for item in islice(political, 0, None, extent.known_groups)} if state == "base" else set()
+    known = _known(instrument, extent.known_groups) if state == "base" else set()
     for item in instrument.items:
         if isinstance(item, Pair | Statement):
             sides = {"left": item.left, "right": item.right} if isinstance(item, Pair) else {"": item.text}
@@ -184,6 +194,18 @@ def _open(state: State, instrument: Instrument, prompter: Prompter) -> Iterator[
         elif isinstance(item, Request):
             for side, text in (("left", item.left), ("right", item.right)):
                 yield _ask(prompter.opening(text), state, instrument.header.name, item, Condition(), side)
+
+
+def _known(instrument: Instrument, one_in: int) -> set[str]:
+    """The items that personas are put to: one in so many of each axis and key, or all where few topics would be left."""
+    of_kind: dict[tuple[str, int], list[Pair | Statement]] = defaultdict(list)
+    for item in instrument.items:
+        if isinstance(item, Pair | Statement) and item.axis != CONTROL:
+            of_kind[item.axis, getattr(item, "key", 0)].append(item)
+    some = [item for items in of_kind.values() for item in items[::one_in]]
+    if len({item.topic for item in some}) < 2 * FEWEST_TOPICS:
+        some = [item for items in of_kind.values() for item in items]
+    return {item.id for item in some}
 
 
 def _conditions(

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from politune.data.format import common_prefix_length
 from politune.errors import ModelError
@@ -60,6 +62,7 @@ class Scorer:
             )
         self.layer = scoring.output_layer(self.causal)
         self.tokens_per_batch = tokens_per_batch
+        self.shares = _keeps_keys_and_values_alone(self.causal.config.get_text_config())
         self.tokens = 0
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -89,18 +92,18 @@ class Scorer:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def next_tokens(self, queries: Sequence[Query]) -> Tensor:
-        """[queries, V] float32 log-probabilities of what follows each context."""
+        """[queries, V] float32 log-probabilities of what follows each context, of which there is at least one."""
         states = self._states({query.context: len(query.context) - 1 for query in queries})
         return scoring.distributions(torch.cat([states[query.context] for query in queries]), self.layer)
 
     def _states(self, firsts: Mapping[Ids, int]) -> dict[Ids, Tensor]:
         """The last hidden states of rows, each from its own first wanted token on: [tokens, H]."""
-        shared = min(min(firsts.values()), shared_length(firsts))
+        shared = min(min(firsts.values()), shared_length(firsts)) if self.shares else 0
         past = self._remember(next(iter(firsts))[:shared])
         found: dict[Ids, Tensor] = {}
         of_stem: dict[int, list[_Family]] = defaultdict(list)
         alone: list[Ids] = []
-        for family in _families(sorted(firsts), shared):
+        for family in _families(sorted(firsts), shared) if self.shares else (_Family(row, (row,)) for row in firsts):
             if len(family.rows) == 1:
                 alone.append(family.stem)
             else:
@@ -120,7 +123,7 @@ class Scorer:
         """Of the rows of families whose stems have one length."""
         stems, remembered = self._hidden([family.stem for family in families], shared, past, keep=True)
         of_row = {row: number for number, family in enumerate(families) for row in family.rows}
-        found = {row: stems[number, max(firsts[row], shared) - shared :].clone() for row, number in of_row.items()}
+        found = {row: stems[number, firsts[row] - shared :].clone() for row, number in of_row.items()}
         for batch in self._batches([row for row in of_row if len(row) > length], length):
             own = copy.deepcopy(remembered)
             own.batch_select_indices(torch.tensor([of_row[row] for row in batch]))
@@ -158,7 +161,7 @@ class Scorer:
         Args:
             rows: longest first.
             known: how many tokens of each the cache holds.
-            past: the cache, of one row where it is to be repeated; it is left as it was.
+            past: the cache; of one row where it is to be repeated, and then left as it was, else grown by these rows.
         """
         length = len(rows[0])
         inputs = torch.tensor([row[known:] + (0,) * (length - len(row)) for row in rows], device=self.causal.device)
@@ -169,6 +172,12 @@ class Scorer:
         with_cache = keep or past is not None
         out = self.causal.base_model(input_ids=inputs, past_key_values=past, use_cache=with_cache)
         return out.last_hidden_state, out.past_key_values if keep else None
+
+
+def _keeps_keys_and_values_alone(config: Any) -> bool:
+    """Whether that is what a model remembers of a text: it can be repeated and picked from, other states cannot."""
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def shared_length(rows: Iterable[Ids]) -> int:

@@ -22,6 +22,7 @@ from politune.models import adapter as adapters
 from politune.models import demo
 from politune.models.files import read_header, sha256_of
 from politune.models.quiet import quiet_libraries
+from politune.plan.machine import find_processor
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
 LOCAL_PREFIXES = ("./", "../", "/", "~")
@@ -321,6 +322,13 @@ def own_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """What `own_device` is: the name of a GPU or a processor."""
+    import torch
+
+    return str(torch.cuda.get_device_name(own_device())) if torch.cuda.is_available() else find_processor()
 
 
 def _resolved(name: str, path: Path, commit: str | None) -> ResolvedModel:

@@ -10,6 +10,7 @@ backward pass that computes the logits anew needs three, and [N, H] numbers kept
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,10 +127,20 @@ def _product(hidden: Tensor, tile: Tensor) -> Tensor:
     A CPU multiplies bfloat16 four times as fast, sums in float32 and rounds the sum: a second such product finds what the
     rounding took.
     """
-    if hidden.device.type == "cpu" and hidden.dtype == tile.dtype == torch.bfloat16:
+    if hidden.device.type == "cpu" and hidden.dtype == tile.dtype == torch.bfloat16 and _sums_in_float32():
         rounded = torch.mm(hidden, tile.t())
         return rounded.float() + torch.addmm(rounded, hidden, tile.t(), beta=-1)
     return torch.mm(hidden.float(), tile.t().float())
+
+
+@cache
+def _sums_in_float32() -> bool:
+    """Whether a CPU adds to a product of bfloat16 before it rounds it."""
+    chance = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(64, 64, generator=chance).bfloat16() for _ in range(2))
+    rounded = torch.mm(one, two.t())
+    exact = rounded.float() + torch.addmm(rounded, one, two.t(), beta=-1)
+    return bool((exact - torch.mm(one.float(), two.float().t())).abs().max() < 1e-3)
 
 
 class _Score(torch.autograd.Function):  # type: ignore[misc]

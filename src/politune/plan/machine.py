@@ -60,13 +60,9 @@ class Machine:
     @property
     def device(self) -> str:
         """The device that one process trains on, in words."""
-        cores = "" if self.gpus else f", {self.cores} core{'s' if self.cores != 1 else ''}"
-        return self.device_name + cores
-
-    @property
-    def device_name(self) -> str:
-        """Its maker's name."""
-        return self.gpus[0].name if self.gpus else self.processor
+        return (
+            self.gpus[0].name if self.gpus else f"{self.processor}, {self.cores} core{'s' if self.cores != 1 else ''}"
+        )
 
     @property
     def device_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from politune.errors import PolituneError
 from politune.lean import compare, measure
-from politune.lean.compare import CompareReport
+from politune.lean.compare import CompareReport, TunedRun
 from politune.lean.rows import Row
 from politune.report import Cell, Facts, Lines, Section, Table
 from politune.study import work
@@ -55,7 +55,7 @@ class StudyReport:
             done = sum(run.state == "measured" for run in self.runs)
             return f"{self.title}: {done} of {len(self.runs)} runs are done"
         arms = dict.fromkeys(run.arm for run in self.runs)
-        words = (Counter(str(run.verdict) for run in self.runs if run.arm == arm) for arm in arms)
+        words = (Counter(run.verdict or "not compared" for run in self.runs if run.arm == arm) for arm in arms)
         told = ("; ".join(f"{word} in {count}" for word, count in each.most_common()) for each in words)
         return f"{self.title}: " + ". ".join(f"{arm}: {text}" for arm, text in zip(arms, told, strict=True))
 
@@ -74,6 +74,15 @@ class StudyReport:
             found += each.sections()
         found.append(Lines("The commands that made it", tuple(run.command for run in self.runs), boxed=True))
         return found
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs that may be compared, and the base's rows as one of them has them."""
+
+    document: Mapping[str, Any]
+    rows: Sequence[Row]
+    runs: dict[tuple[str, int], TunedRun]
 
 
 def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], output: Path) -> StudyReport:
@@ -100,32 +109,32 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
 
 def _compare(study: Study, tasks: Sequence[Task], notes: list[str]) -> tuple[CompareReport, ...]:
     """One comparison for all that may be compared; what is left out is noted."""
-    groups: dict[tuple[str, ...], list[tuple[Task, Mapping[str, Any], list[Row]]]] = {}
+    groups: dict[tuple[str, ...], _Group] = {}
     for task in tasks:
         try:
             document, rows = measure.read(task.measurement)
+            run = compare.tuned_run(task.name, task.arm, document, rows)
+            kind = (document["base"]["sha256"], *(str(document.get(key)) for key in compare.SAME))
+            group = groups.get(kind, _Group(document, rows, {}))
+            compare.check_parts(run, group.rows)
         except PolituneError as error:
             notes.append(f"{task.name} is not compared: {error}")
             continue
-        kind = (document["base"]["sha256"], *(str(document.get(key)) for key in compare.SAME))
-        groups.setdefault(kind, []).append((task, document, rows))
+        groups[kind] = group
+        group.runs[task.arm, task.seed] = run
     if len(groups) > 1:
         notes.append("Not all runs may be compared with one another: each group has its own comparison.")
     found = []
     for group in groups.values():
-        runs = {
-            (task.arm, task.seed): compare.tuned_run(task.name, task.arm, document, rows)
-            for task, document, rows in group
-        }
         controlled = []
-        for (arm, seed), run in runs.items():
-            control = runs.get((str(study.control), seed))
+        for (arm, seed), run in group.runs.items():
+            control = group.runs.get((str(study.control), seed))
             if study.control and control is None:
                 notes.append(f"{run.name} has no control: {study.control}/seed-{seed} is not there to be compared.")
             controlled.append(replace(run, control=control.rows if control and arm != study.control else None))
         label = f"{study.control}, the run of the same seed" if study.control else None
         try:
-            found.append(compare.judge(group[0][1], group[0][2], controlled, control=label))
+            found.append(compare.judge(group.document, group.rows, controlled, control=label))
         except PolituneError as error:
             notes.append(f"No comparison of {', '.join(run.name for run in controlled)}: {error}")
     return tuple(found)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from politune import presets
 from politune.config import GROUPS
-from politune.errors import ConfigError, safe
+from politune.errors import ConfigError, PolituneError, safe
 from politune.lean import measure
 from politune.presets import Resolved
 
@@ -131,7 +131,10 @@ def load(name: str) -> Study:
         place = ".".join(str(part) for part in first["loc"])
         sentence = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(": ".join(safe(each) for each in (place, sentence) if each), where=safe(name)) from error
-    measure.given_instruments(study.measure.instruments, study.measure.preset)
+    try:
+        measure.given_instruments(study.measure.instruments, study.measure.preset)
+    except PolituneError as error:
+        raise ConfigError(error.what, where=f"{safe(name)}: measure.instruments", why=error.why) from error
     return study
 
 

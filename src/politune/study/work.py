@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from politune import record
+from politune import locks, record
 from politune.errors import Interrupted, OutputError, safe
 from politune.study.spec import Measure, Study, Task
 
@@ -98,18 +98,10 @@ def locked(task: Task, output: Path) -> Iterator[str | int]:
     """
     path = output / LOCKS / task.name.replace("/", "-")
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.locked(file.fileno(), output):
             file.seek(0)
             yield safe(file.read()) or "another process"
             return
-        except OSError as error:
-            raise OutputError(
-                f"{safe(output)} cannot be shared",
-                why=f"its file system keeps no locks: {error.strerror}",
-                fix="choose another -o",
-            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
