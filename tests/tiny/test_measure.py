@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from politune.lean.results import MeasureReport, summarise
 from politune.locks import owned
 from politune.models import load, merge, tuned
 from politune.report import to_json
+from politune.training import trackers
 from tiny import tiny_models
 from tiny.test_train import adapter_hash, resolve, train, write_pairs
 
@@ -234,6 +236,8 @@ def test_tuned_models_are_compared_with_one_base(
     result = found.parts[0]
     assert result.part == whole.parts[0].part
     assert result.runs[0].shift == whole.parts[0].shift
+    assert found.side_effects[str(tmp_path / "one")] == whole.guards
+    assert len(whole.guards) > 2
     assert all(effect.mean == 0 for effect in result.runs[1].beyond_control.values())
     assert result.over_seeds == {}, "adapters without a run's papers share no recipe"
     with pytest.raises(DataError, match="given twice"):
@@ -302,6 +306,46 @@ def test_a_run_measures_itself_and_its_adapter_is_the_same(
     again = train(resolved, resume=True, measure=True)
     assert again.steps_done_now == 0
     assert to_json(again.measurement) == to_json(report.measurement)  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "log.jsonl").read_text().splitlines()]
+    (leans,) = [line for line in lines if "lean/small/economic" in line]
+    assert leans["step"] == report.optimizer_steps
+    assert leans["lean/small/all political"] == report.measurement.leans["lean/small/all political"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_trackers_hear_of_the_shift_before_they_end(
+    tiny_llama: Path, instrument: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    heard: list[str] = []
+
+    class Heard(trackers.WandbLog):
+        sync_command = "wandb sync there"
+
+        def start(self) -> None:
+            heard.append("start")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+            heard.extend(key for key in logs if key.startswith("lean/"))
+
+        def finish(self) -> None:
+            heard.append("finish")
+
+    def breaks(*args: Any, **given: Any) -> None:
+        raise ModelError("cannot be measured")
+
+    monkeypatch.setattr(trackers, "WandbLog", Heard)
+    monkeypatch.setattr(measure, "DEFAULT_INSTRUMENTS", (str(instrument),))
+    if fails:
+        monkeypatch.setattr(measure, "summarise", breaks)
+    resolved = resolve(
+        "dpo", tiny_llama, write_pairs(tmp_path / "p.jsonl", 8), tmp_path / "run", tracking__use_wandb=True
+    )
+    with pytest.raises(ModelError) if fails else nullcontext():
+        assert train(resolved, measure=True).sync_command == "wandb sync there"
+    assert heard[0] == "start"
+    assert heard[-1] == "finish"
+    assert heard.count("finish") == 1
+    assert ("lean/small/economic" in heard) is not fails
 
 
 def test_the_full_preset_has_open_requests_answered(

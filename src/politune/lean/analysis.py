@@ -503,7 +503,7 @@ def verdict(found: Shift, gates: Sequence[str], *, unit: str, beyond: Effect | N
     apart = [each for each in found.axes if each.axis not in (POLITICAL, CONTROL) and each.p_holm <= ALPHA]
     but = "".join(f" The axis {each.axis} alone moved by {each.shift.mean:+.3f}." for each in apart)
     if _is_found(effect):
-        but = f" Items without politics moved as clearly.{but}"
+        but = f" That is not clearly more than items without politics moved.{but}"
     detectable = f"one of {effect.detectable:.3f} would have been with a chance of 80 %"
     return Verdict("no-detectable-shift", f"No shift was detected: {size}; {detectable}{condition}.{but}")
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from politune import report
 from politune.config import ANSWER_TOKENS
@@ -23,9 +22,6 @@ from politune.models.writer import AT_ONCE
 from politune.progress import Phase
 from politune.report import Facts, Lines, Section
 from politune.writing import write_whole
-
-if TYPE_CHECKING:
-    from politune.lean.respondent import Respondent
 
 STATES: tuple[State, ...] = ("base", "tuned")
 PAPERS, ROWS = "asked.json", "rows.jsonl"
@@ -162,10 +158,12 @@ def ask(
         if journal.rows:
             say(f"going on: {len(journal.rows)} of {len(blocks)} blocks are there")
         if missing:
-            respondent = _load(subject, base, tokenizer, say)
+            from politune.lean import respondent
+
+            answering = respondent.load(subject, base, tokenizer, subject.dtype, say)
             told, done = Phase("asking", "answers", say), 0
             for state, block in missing:
-                journal.append(block.name, respondent.answer(state, block, temperature=temperature, seed=seed))
+                journal.append(block.name, answering.answer(state, block, temperature=temperature, seed=seed))
                 done += len(block.asked)
                 told(done, sum(len(each.asked) for _, each in missing))
         found = {state: [row for of, block in blocks if of == state for row in journal.rows[block.name]]
@@ -204,16 +202,6 @@ def _row(state: State, prompt: Prompt, sample: int) -> Row:
         state=state, instrument="", kind="request" if prompt.side else "open", item=f"{prompt.id} {sample}", topic=prompt.topic,
         axis=prompt.axis, side=prompt.side, template=0, order=0, wording=0, asker="none", persona="none", log_probs=(), tokens=(),
     )  # fmt: skip
-
-
-def _load(subject: tuned.Subject, base: load.ResolvedModel, tokenizer: Any, say: Callable[[str], None]) -> "Respondent":
-    from politune.lean.respondent import Respondent
-
-    say(f"loading {safe(base.name)}")
-    model = load.load_model(base, bf16=subject.dtype == "bfloat16", use_4bit=subject.base.use_4bit)
-    if subject.adapter:
-        model = load.load_adapter(model, subject.adapter, base=base)
-    return Respondent(model, tokenizer)
 
 
 def _answers(asked: Sequence[Prompt], found: Mapping[State, Sequence[Row]]) -> tuple[Answer, ...]:

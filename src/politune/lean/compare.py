@@ -13,7 +13,8 @@ from politune import report
 from politune.errors import DataError, OutputError, safe
 from politune.lean import analysis, measure, statistics
 from politune.lean.analysis import POLITICAL, Part, Shift, Verdict
-from politune.lean.results import NOT_SHOWN, interval_text, number_text, p_text
+from politune.lean.guards import Guard, changes
+from politune.lean.results import NOT_SHOWN, interval_text, number_text, p_text, side_effects
 from politune.lean.rows import Row
 from politune.lean.statistics import Effect, OverSeeds
 from politune.report import Facts, Intervals, Lines, Section, Table
@@ -40,7 +41,8 @@ class TunedRun:
         name: that the report shows.
         group: what runs of one recipe are called together.
         document: what was measured, and with what.
-        rows: of the tuned state.
+        rows: of the tuned state, of what tells a lean.
+        every: all rows of the tuned state.
         control: rows of the control run's tuned state, or None.
     """
 
@@ -48,6 +50,7 @@ class TunedRun:
     group: str
     document: Mapping[str, Any]
     rows: Mapping[Part, list[Row]]
+    every: Sequence[Row]
     control: Mapping[Part, list[Row]] | None = None
 
 
@@ -76,13 +79,14 @@ class PartComparison:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """Tuned models beside their base."""
+    """Tuned models beside their base; of each run's side effects those that were measured."""
 
     base: str
     dtype: str
     preset: str
     control: str | None
     parts: tuple[PartComparison, ...]
+    side_effects: Mapping[str, tuple[Guard, ...]]
     notes: tuple[str, ...]
 
     @property
@@ -95,6 +99,8 @@ class CompareReport:
         found: list[Section] = [Facts("Compared", facts), *([Lines("", self.notes)] if self.notes else [])]
         for each in self.parts:
             found += _sections_of(each)
+        if any(self.side_effects.values()):
+            found.append(_side_effects(self.side_effects))
         return [*found, Lines("What this does not show", NOT_SHOWN)]
 
 
@@ -168,8 +174,15 @@ def judge(
         notes.append("One control run is taken off all: its own chance is in none of the intervals over seeds.")
     if document["use_4bit"]:
         notes.append("The base is in 4 bits: it is not the model that its name stands for.")
+    of_base = [row for row in base_rows if row.state == "base"]
     return CompareReport(
-        document["base"]["name"], document["dtype"], document["preset"], control, tuple(found), tuple(notes)
+        base=document["base"]["name"],
+        dtype=document["dtype"],
+        preset=document["preset"],
+        control=control,
+        parts=tuple(found),
+        side_effects={run.name: changes(of_base, run.every, seed) for run in runs},
+        notes=tuple(notes),
     )
 
 
@@ -211,7 +224,7 @@ def tuned_run(name: str, group: str, document: Mapping[str, Any], rows: Sequence
     found = [row for row in rows if row.state == "tuned" and row.persona == "none"]
     if not found:
         raise DataError(f"{safe(name)} holds no rows of a tuned model", fix="measure a run or an adapter")
-    return TunedRun(name, group, document, analysis.by_part(found, "tuned"))
+    return TunedRun(name, group, document, analysis.by_part(found, "tuned"), found)
 
 
 def check_parts(run: TunedRun, base_rows: Sequence[Row]) -> None:
@@ -272,6 +285,11 @@ def _sections_of(found: PartComparison) -> list[Section]:
     if gates := sorted({gate for run in found.runs for gate in run.gates}):
         sections.append(Lines(f"{found.part}: not measurable", tuple(gates)))
     return sections
+
+
+def _side_effects(runs: Mapping[str, Sequence[Guard]]) -> Table:
+    rows = tuple((name, *row) for name, guards in runs.items() for row in side_effects(guards).rows)
+    return Table("Side effects", ("run", *side_effects(()).columns), rows)
 
 
 def _over_seeds_sections(found: PartComparison) -> list[Section]:

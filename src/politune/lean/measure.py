@@ -150,18 +150,12 @@ def _answer_all(
     journal: rows.Journal,
     say: Say,
 ) -> None:
-    from politune.lean.respondent import Respondent
-    from politune.models import fused
+    from politune.lean import respondent
 
-    say(f"loading {safe(base.name)} in {dtype}")
-    model = load.load_model(base, bf16=dtype == "bfloat16", use_4bit=what.base.use_4bit)
-    if what.adapter is not None:
-        model = load.load_adapter(model, what.adapter, base=base)
-    fused.fuse(model.requires_grad_(False))  # frozen as under an adapter: a base alone is computed alike
-    respondent = Respondent(model, tokenizer)
+    answering = respondent.load(what, base, tokenizer, dtype, say)
     progress, done, total = Phase("measuring", "tokens", say), 0, sum(block.tokens for _, block in missing)
     for state, block in missing:
-        journal.append(block.name, respondent.answer(state, block))
+        journal.append(block.name, answering.answer(state, block))
         done += block.tokens
         progress(done, total)
 

@@ -9,6 +9,7 @@ from politune.lean.analysis import Part
 from politune.lean.plan import Block, blocks
 from politune.lean.prompts import Prompter
 from politune.lean.respondent import Respondent
+from politune.lean.results import log_name
 from politune.lean.rows import Row, State
 
 INSTRUMENTS = ("politune-stances", "politune-core")
@@ -57,7 +58,7 @@ class Midway:
         for part, rows in self.base.items():
             for axis, before, after in analysis.axis_leans(rows, tuned[part]):
                 moved = analysis.differences(after, before)
-                found[f"lean/{part.instrument}/{axis}"] = sum(value for _, value in moved.values()) / len(moved)
+                found[log_name(part, axis)] = sum(value for _, value in moved.values()) / len(moved)
         return found
 
     def _rows(self, respondent: Respondent, state: State) -> Mapping[Part, list[Row]] | None:

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from politune.errors import ModelError
+from politune.errors import ModelError, safe
 from politune.lean.plan import Block
 from politune.lean.rows import Row, State
 from politune.lean.scorer import Scorer
+from politune.models import fused, tuned
+from politune.models import load as loading
 from politune.models.writer import Writer
 
 
@@ -61,3 +63,19 @@ class Respondent:
                 f"the {state} model gives log-probabilities that are no numbers", fix="measure with --dtype float32"
             )
         return found
+
+
+def load(
+    what: tuned.Subject, base: loading.ResolvedModel, tokenizer: Any, dtype: tuned.Dtype, say: Callable[[str], None]
+) -> Respondent:
+    """A model and its adapter, ready to answer.
+
+    Raises:
+        ModelError: one of them is wrong.
+    """
+    say(f"loading {safe(base.name)} in {dtype}")
+    model = loading.load_model(base, bf16=dtype == "bfloat16", use_4bit=what.base.use_4bit)
+    if what.adapter is not None:
+        model = loading.load_adapter(model, what.adapter, base=base)
+    fused.fuse(model.requires_grad_(False))  # frozen as under an adapter: a base alone is computed alike
+    return Respondent(model, tokenizer)

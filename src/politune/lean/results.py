@@ -22,6 +22,11 @@ NOT_SHOWN = (
 )
 
 
+def log_name(part: Part, axis: str) -> str:
+    """What logs call a part's shift on an axis."""
+    return f"lean/{part.instrument}/{axis}"
+
+
 @dataclass(frozen=True)
 class StateResult:
     """One state under one instrument; `accommodation` of each asker that was tried."""
@@ -63,6 +68,16 @@ class MeasureReport:
         if not (judged := self._judged()):
             return f"{self.measured['base']['name']}: measured"
         return f"{judged[0].verdict.word}: {judged[0].verdict.sentence}"
+
+    @property
+    def leans(self) -> dict[str, float]:
+        """The mean shift of every axis by `lean/INSTRUMENT/AXIS`, for logs."""
+        return {
+            log_name(each.part, axis.axis): axis.shift.mean
+            for each in self.parts
+            if each.shift
+            for axis in each.shift.axes
+        }
 
     @property
     def card_text(self) -> str:

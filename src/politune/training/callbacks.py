@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,17 @@ class JsonLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.path.exists():
-            lines = [
-                json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-            ]
-            kept = [json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= state.global_step]
+            kept = [json.dumps(line) + "\n" for line in self._lines() if line.get("step", 0) <= state.global_step]
             self.path.write_text("".join(kept), encoding="utf-8")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Those there, but for one that a killed process left half written."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def holds(self, step: int, names: Container[str]) -> bool:
+        """Whether a line of the step has a number of one of these names."""
+        return any(line.get("step") == step and any(key in names for key in line) for line in self._lines())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         numbers = {key: _finite(value) for key, value in self.evaluation.rename(logs).items()}
@@ -114,11 +120,10 @@ class Progress(TrainerCallback):
             with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop training
                 sys.stderr.write(f"step {state.global_step}/{state.max_steps}  {text}  {left / 60:.1f} min left\n")
 
-    def finish(self) -> str | None:
+    def finish(self) -> None:
         """Takes the live line away, so that the terminal is as it was however the run ended."""
         if self.bar:
             self.bar.stop()
-        return None
 
 
 class StepClock(TrainerCallback):

@@ -1,10 +1,13 @@
 """`politune train`, told from top to bottom."""
 
 import contextlib
+import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from politune import plan, preview, record, report
 from politune.config import Run
@@ -58,9 +61,14 @@ def train(
     check_trl_table(run)
     use_one_gpu(say)
     with caught(resuming(words or command(run))) as stop:
-        result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop)
-        if measure and is_main_process():
-            result = _measured(result, directory, say)
+        trackers: list[Any] = []
+        try:
+            result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop, trackers)
+            if measure and is_main_process():
+                result = _measured(result, directory, say, trackers)
+        finally:
+            for tracker in trackers:
+                tracker.finish()
     return result
 
 
@@ -75,6 +83,7 @@ def _train(
     say: Callable[[str], None],
     show: Callable[[plan.PlanReport], None],
     stop: StopRequest,
+    trackers: list[Any],
 ) -> TrainReport:
     run = resolved.run
     with claimed(directory, resolved, resume) as papers:
@@ -103,18 +112,26 @@ def _train(
                 heldout = session.evaluate(prepared.heldout, "heldout")
                 session.export()
                 result = session.report(validation, heldout)
+                trackers += session.hand_over()
         if is_main_process():
             report.write_html(result, directory / "report.html")
         papers.finish(asdict(result))
     return result
 
 
-def _measured(result: TrainReport, directory: Path, say: Callable[[str], None]) -> TrainReport:
-    """With the shift that the run's adapter makes, which also goes onto its page."""
+def _measured(result: TrainReport, directory: Path, say: Callable[[str], None], trackers: Sequence[Any]) -> TrainReport:
+    """With the shift that the run's adapter makes, which also goes onto its page, to its log and to its trackers."""
+    gc.collect()  # the model that was trained makes room for the one that is measured
     with _offline_from_here(), quiet_libraries():
         from politune.lean import measure
+        from politune.training import callbacks
 
         found = measure.measure(str(directory), preset="quick", output=directory / "measurement", offline=True, say=say)
+    log = callbacks.JsonLog(directory / "log.jsonl", callbacks.EvaluationName())
+    at_the_end = SimpleNamespace(global_step=result.optimizer_steps)
+    if not log.holds(result.optimizer_steps, found.leans):
+        for each in (log, *trackers):
+            each.on_log(None, at_the_end, None, logs=found.leans)
     result = replace(result, measurement=found)
     report.write_html(result, directory / "report.html")
     return result

@@ -156,6 +156,12 @@ class Session:
         for watcher in self.watchers:
             watcher.finish()
 
+    def hand_over(self) -> list[Any]:
+        """The trackers, still open, for what is logged when the model is gone: the caller finishes them."""
+        given = [each for each in self.watchers if not isinstance(each, callbacks.Progress)]
+        self.watchers = [each for each in self.watchers if each not in given]
+        return given
+
     def _logs(self) -> list[Any]:
         return [callbacks.JsonLog(self.directory / "log.jsonl", self.evaluation)] if is_main_process() else []
 
@@ -258,7 +264,7 @@ class Session:
         return adapter
 
     def report(self, validation: dict[str, float], heldout: dict[str, float]) -> TrainReport:
-        """Sums the run up, remembers its speed for later plans, and lets the trackers finish."""
+        """Sums the run up, and remembers its speed for later plans."""
         state = self.trainer.state
         done = state.global_step - self.first_step
         machine = plan.probe(self.directory)
@@ -267,7 +273,6 @@ class Session:
         if rate and is_main_process() and (rate.reference_tokens_per_second or not self._scores_reference):
             plan.remember_rate(self.run, machine, rate, processes=world_size())
         logged = [line for line in state.log_history if "loss" in line]
-        syncs = [watcher.finish() for watcher in self.watchers]
         return TrainReport(
             method=self.run.method,
             direction=self.metadata["politune.direction"],
@@ -286,7 +291,9 @@ class Session:
             heldout=heldout,
             heldout_rows=len(self.prepared.heldout),
             curves=(*draw_curves(logged), *draw_leans(state.log_history)),
-            sync_command=next((line for line in syncs if line), None),
+            sync_command=next(
+                (each.sync_command for each in self.watchers if isinstance(each, trackers.WandbLog)), None
+            ),
             disclosure=self.metadata["politune.disclosure"],
         )
 

@@ -56,14 +56,18 @@ class WandbLog(TrainerCallback):
         if self.wandb_run is not None:
             self.wandb_run.log(self.evaluation.rename(logs), step=state.global_step)
 
-    def finish(self) -> str | None:
-        """Ends the run on Weights & Biases; the command that uploads it where it was kept offline."""
-        if self.wandb_run is None:
+    @property
+    def sync_command(self) -> str | None:
+        """The command that uploads the run where it is kept offline."""
+        if self.wandb_run is None or self.wandb_run.settings.mode != "offline":
             return None
-        offline, directory = self.wandb_run.settings.mode == "offline", Path(self.wandb_run.dir).parent
-        self.wandb_run.finish()
-        self.wandb_run = None
-        return f"wandb sync {directory}" if offline else None
+        return f"wandb sync {Path(self.wandb_run.dir).parent}"
+
+    def finish(self) -> None:
+        """Ends the run on Weights & Biases."""
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+            self.wandb_run = None
 
 
 def wandb_mode() -> Any:
