@@ -38,9 +38,9 @@ def main() -> None:
     model, prompter = load.load_model(base), Prompter(load.load_tokenizer(base))
     print(
         "| instrument | queries | tokens, plainly | cached | fewer by | seconds, plainly | cached | faster by "
-        "| largest difference |"
+        "| largest difference of a row, nats | by its tokens |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in ("politune-core", "politune-stances", "politune-guards"):
         queries = sample(name, prompter, given.queries)
         plain_tokens = sum(len(query.context) + len(each) for query in queries for each in query.continuations)
@@ -54,15 +54,17 @@ def main() -> None:
             started = time.perf_counter()
             plain = score_plainly(model, queries)
             seconds["plainly"].append(time.perf_counter() - started)
-        largest = max(
-            abs(sum(one) - sum(two))
+        pairs = [
+            (sum(one), sum(two), len(one))
             for ours, theirs in zip(cached, plain, strict=True)
             for one, two in zip(ours, theirs, strict=True)
-        )
+        ]
+        of_row = max(abs(one - two) for one, two, _ in pairs)
+        of_token = max(abs(one - two) / tokens for one, two, tokens in pairs)
         slow, fast = (statistics.median(seconds[how]) for how in ("plainly", "cached"))
         print(
             f"| {name} | {len(queries)} | {plain_tokens:,} | {scorer.tokens:,} | {plain_tokens / scorer.tokens:.1f}x "
-            f"| {slow:.1f} | {fast:.1f} | {slow / fast:.1f}x | {largest:.1e} |"
+            f"| {slow:.1f} | {fast:.1f} | {slow / fast:.1f}x | {of_row:.0e} | {of_token:.0e} |"
         )
 
 

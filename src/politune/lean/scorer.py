@@ -221,13 +221,13 @@ def _together(families: Sequence[_Family], tokens: int) -> Iterator[list[_Family
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def score_plainly(model: Any, queries: Sequence[Query]) -> list[tuple[tuple[float, ...], ...]]:
-    """What `Scorer.score` gives, by definition: each row alone, no cache, the model's own logits."""
+    """What `Scorer.score` gives, by definition: each row alone, no cache, the model's own logits, a softmax in float64."""
     found = []
     for query in queries:
         values = []
         for continuation in query.continuations:
             row = torch.tensor([query.context + continuation], device=model.device)
-            log_probs = model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)
+            log_probs = model(input_ids=row, use_cache=False).logits[0].double().log_softmax(-1)
             first = len(query.context) - 1
             values.append(tuple(log_probs[first + index, token].item() for index, token in enumerate(continuation)))
         found.append(tuple(values))
