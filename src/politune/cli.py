@@ -56,6 +56,15 @@ Measure = Annotated[
         "--measure", help="When the run is done, measure how far it moved the model's lean (`politune measure`)."
     ),
 ]
+StopAfter = Annotated[
+    float | None,
+    typer.Option(
+        "--stop-after",
+        metavar="MINUTES",
+        min=0.1,
+        help="After so many minutes, save and leave as after SIGTERM: for queues with a time limit.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output-dir.")]
 
 
@@ -158,6 +167,7 @@ def _train_command(method: Literal["dpo", "sft"]) -> Callable[..., None]:
         dry_run: DryRun = False,
         calibrate: Calibrate = False,
         measure: Measure = None,
+        stop_after: StopAfter = None,
         resume: Resume = False,
         offline: Offline = False,
         json: Json = False,
@@ -167,7 +177,7 @@ def _train_command(method: Literal["dpo", "sft"]) -> Callable[..., None]:
         if dry_run:
             _show_plan(resolved.run, calibrate, json, quiet)
         else:
-            _train(resolved, calibrate, measure is not None, resume, offline, json, quiet)
+            _train(resolved, calibrate, measure is not None, stop_after, resume, offline, json, quiet)
 
     return command
 
@@ -189,8 +199,9 @@ def _show_plan(run: Run, calibrate: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _train(
-    resolved: presets.Resolved, calibrate: bool, measure: bool, resume: bool, offline: bool, as_json: bool, quiet: bool
-) -> None:
+    resolved: presets.Resolved, calibrate: bool, measure: bool, stop_after: float | None, resume: bool, offline: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     with _stdout_reserved():
         from politune.training import run as training
 
@@ -201,6 +212,7 @@ def _train(
             quiet=quiet,
             calibrate=calibrate,
             measure=measure,
+            stop_after=stop_after,
             say=_say(quiet),
             show=lambda estimate: None if quiet else report.show(estimate, as_json=False, file=sys.stderr),
             words=shlex.join(["politune", *sys.argv[1:]]),

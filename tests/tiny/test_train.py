@@ -329,7 +329,7 @@ def test_resumed_equals_uninterrupted_in_the_other_kinds(
     }
     train(runs["whole"])
     with monkeypatch.context() as patch:
-        interrupt_in_step(9, patch)
+        interrupt_in_step(9, patch, signal.SIGUSR1)
         with pytest.raises(Interrupted):
             train(runs["resumed"])
     report = train(runs["resumed"], resume=True)
@@ -337,13 +337,13 @@ def test_resumed_equals_uninterrupted_in_the_other_kinds(
     assert adapter_hash(tmp_path / "resumed") == adapter_hash(tmp_path / "whole")
 
 
-def interrupt_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
+def interrupt_in_step(step: int, patch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     original = callbacks.FiniteGuard.on_pre_optimizer_step
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         if state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     patch.setattr(callbacks.FiniteGuard, "on_pre_optimizer_step", interrupt)
 

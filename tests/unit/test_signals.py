@@ -44,3 +44,40 @@ def test_outside_of_training_the_first_one_leaves() -> None:
     with pytest.raises(Interrupted), signals.caught("politune train"):
         send(signal.SIGTERM)
         pytest.fail("it was not heeded")
+
+
+def test_an_announced_end_is_one_request_with_what_follows() -> None:
+    """A queue sends SIGUSR1, and SIGTERM when its patience ends; the run leaves as after SIGTERM."""
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGUSR1)
+        assert request.signal_number == signal.SIGTERM
+        time.sleep(signals.SAME_REQUEST_SECONDS + 0.05)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGUSR1)
+        send(signal.SIGINT)
+        pytest.fail("somebody wants it to leave now")
+    assert caught.value.exit_code == 130
+
+
+def test_a_time_of_ones_own_asks_once_and_not_afterwards() -> None:
+    with signals.caught("politune train", stop_after=0.2 / 60) as request:
+        request.inside_training = True
+        time.sleep(0.5)
+        assert request.signal_number == signal.SIGTERM
+    before = signal.getsignal(signal.SIGUSR1)
+    with signals.caught("politune train", stop_after=0.2 / 60) as request:
+        request.inside_training = True
+    time.sleep(0.5)
+    assert request.signal_number is None
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_outside_of_training_an_announced_end_leaves() -> None:
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train"):
+        send(signal.SIGUSR1)
+        pytest.fail("it was not heeded")
+    assert caught.value.exit_code == 143

@@ -35,6 +35,7 @@ def train(
     quiet: bool = False,
     calibrate: bool = False,
     measure: bool = False,
+    stop_after: float | None = None,
     say: Callable[[str], None],
     show: Callable[[plan.PlanReport], None],
     words: str | None = None,
@@ -47,6 +48,7 @@ def train(
         offline: use what is on this machine only.
         quiet: no progress during training.
         calibrate: measure how long the run will take, for the plan (`plan.timed`).
+        stop_after: minutes after which the run saves itself and leaves, as after SIGTERM.
         measure: put base and tuned model to the instruments when the run is done (`lean.measure`, quick).
         say: takes one line of progress.
         show: takes the plan, before the expensive part.
@@ -60,7 +62,7 @@ def train(
     load.check(run.model)
     check_trl_table(run)
     use_one_gpu(say)
-    with caught(resuming(words or command(run))) as stop:
+    with caught(resuming(words or command(run)), stop_after=stop_after) as stop:
         trackers: list[Any] = []
         try:
             result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop, trackers)
