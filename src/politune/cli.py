@@ -589,6 +589,19 @@ def ask_command(
     report.show(result, as_json=json)
 
 
+@app.command("doctor")
+def doctor_command(
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", help="Where runs are to be written: its disk counts.")
+    ] = Path("outputs"),
+    json: Json = False,
+) -> None:
+    """Show what this machine can do: devices, memory, disk, cache, logins (not their keys), versions."""
+    from politune import doctor
+
+    report.show(doctor.examine(output_dir), as_json=json)
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,

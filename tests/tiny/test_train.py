@@ -445,6 +445,8 @@ def test_two_runs_in_one_directory(
 def test_a_failed_first_try_does_not_block_its_directory(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(PolituneError):
         train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", data__max_length=8))
+    for name in (".run.json-abc", ".politune-probe"):  # a killed process leaves them
+        (tmp_path / "run" / name).touch()
     assert train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", train__max_steps=1)).optimizer_steps == 1
 
 

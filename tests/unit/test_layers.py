@@ -18,7 +18,7 @@ LAYERS = [
     ["presets"],
     ["flags"],
     ["data", "models"],
-    ["preview"],
+    ["preview", "doctor"],
     ["lean"],
     ["training"],
     ["study"],

@@ -12,6 +12,9 @@ from politune.presets import Resolved, command, flatten
 from politune.training.processes import is_main_process, world_size
 
 PAPERS = "run.json"
+PROBE = ".politune-probe"
+LEFT_BY_THE_KILLED = (f".{PAPERS}-", PROBE)
+"""How the names of files begin that a killed process may leave before anything of a run is there."""
 
 
 class Papers:
@@ -111,7 +114,7 @@ def _check(directory: Path, resume: bool) -> None:
         if not resume and directory.is_dir() and not _is_free(directory, papers):
             raise OutputError(f"{shown} is not empty", fix="go on with --resume, or choose another --output_dir")
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".politune-probe"
+        probe = directory / PROBE
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
@@ -120,5 +123,6 @@ def _check(directory: Path, resume: bool) -> None:
 
 def _is_free(directory: Path, papers: dict[str, Any]) -> bool:
     """Empty, or with nothing in it but the papers of an attempt that ended before its first step."""
-    entries = {entry.name for entry in directory.iterdir()} - {LOCK}
+    names = {entry.name for entry in directory.iterdir()}
+    entries = {name for name in names if not name.startswith(LEFT_BY_THE_KILLED)} - {LOCK}
     return not entries or (entries == {PAPERS} and papers.get("status") in {"failed", "interrupted"})

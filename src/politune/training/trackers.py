@@ -4,15 +4,14 @@ The integrations of transformers send every trainer argument and the model's con
 passes, nothing of the environment.
 """
 
-import netrc
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
 
 from politune.config import Run
+from politune.doctor import knows_wandb
 from politune.errors import MachineError, safe
 from politune.training.callbacks import EvaluationName
 
@@ -74,12 +73,7 @@ def wandb_mode() -> Any:
     """What `WANDB_MODE` asks for, else online where a key is known for the server, else offline."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        known = netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or knows_wandb() else "offline"
 
 
 class TensorBoardLog(TrainerCallback):
