@@ -331,6 +331,10 @@ class SftRun(_Run):
 
 Run: TypeAlias = DpoRun | SftRun
 GROUPS = ("model", "data", "lora", "train", "tracking")
+NOT_OF_AN_ADAPTER = (
+    "title", "train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "tracking.",
+)  # fmt: skip
+"""How the names of settings begin that change nothing of the adapter that comes out."""
 
 
 def _describe_fields() -> None:

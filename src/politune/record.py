@@ -75,12 +75,17 @@ def settings_of(papers: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry["value"] for key, entry in entries if isinstance(entry, dict) and "value" in entry}
 
 
+def sha256_of_json(document: Any) -> str:
+    """SHA-256 over a document's canonical JSON; what JSON does not know counts by its text."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def config_sha256(run: Run) -> str:
     """SHA-256 over the canonical JSON of every setting but the place that the run is written to."""
     settings = run.model_dump(mode="json")
     settings["train"].pop("output_dir")
     settings.pop("tracking")
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(settings)
 
 
 def environment() -> dict[str, Any]:

@@ -156,9 +156,9 @@ def test_the_bases_rows_are_kept_for_its_next_adapter(
     asked = []
     original = respondent.Respondent.answer
 
-    def answer(self: respondent.Respondent, state: rows.State, block: plan.Block) -> list[rows.Row]:
+    def answer(self: respondent.Respondent, state: rows.State, block: plan.Block, **given: Any) -> list[rows.Row]:
         asked.append(state)
-        return original(self, state, block)
+        return original(self, state, block, **given)
 
     monkeypatch.setattr(respondent.Respondent, "answer", answer)
     second = tiny_models.make_adapter(tmp_path / "second", tiny_llama, seed=2)

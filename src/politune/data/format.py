@@ -9,7 +9,7 @@ import contextlib
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -99,6 +99,7 @@ class ChatRow:
         return (self.completion,)
 
 
+T = TypeVar("T")
 AnyRow = TypeVar("AnyRow", PreferenceRow, ChatRow)
 
 
@@ -292,6 +293,21 @@ def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     pairs = zip(ids, other, strict=False)
     return next((index for index, (one, two) in enumerate(pairs) if one != two), min(len(ids), len(other)))
+
+
+def in_parts(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Items in their order, in as few parts as hold `most` together each; one that is larger is a part alone."""
+    part: list[T] = []
+    used = 0
+    for item in items:
+        own = size(item)
+        if part and used + own > most:
+            yield part
+            part, used = [], 0
+        part.append(item)
+        used += own
+    if part:
+        yield part
 
 
 def _apply_template(

@@ -161,11 +161,10 @@ def ask(
             from politune.lean import respondent
 
             answering = respondent.load(subject, base, tokenizer, subject.dtype, say)
-            told, done = Phase("asking", "answers", say), 0
-            for state, block in missing:
-                journal.append(block.name, answering.answer(state, block, temperature=temperature, seed=seed))
-                done += len(block.asked)
-                told(done, sum(len(each.asked) for _, each in missing))
+            told = Phase("asking", "answers", say)
+            answering.answer_all(
+                missing, journal, told, lambda block: len(block.asked), temperature=temperature, seed=seed
+            )
         found = {state: [row for of, block in blocks if of == state for row in journal.rows[block.name]]
                  for state in STATES}  # fmt: skip
         rates = changes(found["base"], found["tuned"], seed) if prompts and found["tuned"] else ()

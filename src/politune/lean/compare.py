@@ -14,7 +14,7 @@ from politune.errors import DataError, OutputError, safe
 from politune.lean import analysis, measure, statistics
 from politune.lean.analysis import POLITICAL, Part, Shift, Verdict
 from politune.lean.guards import Guard, changes
-from politune.lean.results import NOT_SHOWN, interval_text, number_text, p_text, side_effects
+from politune.lean.results import NOT_SHOWN, SIDE_EFFECTS, interval_text, number_text, p_text, side_effect_rows
 from politune.lean.rows import Row
 from politune.lean.statistics import Effect, OverSeeds
 from politune.report import Facts, Intervals, Lines, Section, Table
@@ -288,8 +288,8 @@ def _sections_of(found: PartComparison) -> list[Section]:
 
 
 def _side_effects(runs: Mapping[str, Sequence[Guard]]) -> Table:
-    rows = tuple((name, *row) for name, guards in runs.items() for row in side_effects(guards).rows)
-    return Table("Side effects", ("run", *side_effects(()).columns), rows)
+    rows = tuple((name, *row) for name, guards in runs.items() for row in side_effect_rows(guards))
+    return Table("Side effects", ("run", *SIDE_EFFECTS), rows)
 
 
 def _over_seeds_sections(found: PartComparison) -> list[Section]:

@@ -5,12 +5,11 @@ was put. What cannot be read or written is measured again.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from politune import record
 from politune.cache import user_cache
 from politune.errors import PolituneError
 from politune.lean import rows
@@ -33,8 +32,7 @@ class KeptRows:
         self.asked = asked
         facts = {key: document[key] for key in DEPENDS_ON}
         cache = user_cache()
-        text = json.dumps([facts, count_cores(), repr(asked)], sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        name = record.sha256_of_json([facts, count_cores(), repr(asked)])[:32]
         self.path = cache / FOLDER / f"{name}.jsonl" if cache else None
 
     def fill(self, journal: rows.Journal) -> int:

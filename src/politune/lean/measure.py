@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from politune import record, report
+from politune.config import NOT_OF_AN_ADAPTER
 from politune.errors import ConfigError, DataError, safe
 from politune.lean import instruments, papers, rows
 from politune.lean.instruments import Instrument
 from politune.lean.kept import KeptRows
-from politune.lean.plan import PRESETS, Block, Preset, blocks, is_asked
+from politune.lean.plan import PRESETS, Preset, blocks, is_asked
 from politune.lean.prompts import Asker, Prompter
 from politune.lean.results import MeasureReport, summarise
 from politune.lean.rows import State
@@ -26,10 +27,6 @@ Say: TypeAlias = Callable[[str], None]
 DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
 ANSWERED = "politune-open"
 """Measured with as well where a preset has open requests answered."""
-NOT_OF_AN_ADAPTER = (
-    "title", "tracking.", "train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit",
-)  # fmt: skip
-"""How the names of settings begin that change nothing of what is trained."""
 PAPERS, ROWS = "measurement.json", "rows.jsonl"
 
 
@@ -94,7 +91,10 @@ def measure(
             say("the base was measured before on this machine: its rows are taken from there")
         missing = [(state, block) for state, block in todo if block.name not in journal.rows]
         if missing:
-            _answer_all(missing, base, what, tokenizer, precision, journal, say)
+            from politune.lean import respondent
+
+            answering = respondent.load(what, base, tokenizer, precision, say)
+            answering.answer_all(missing, journal, Phase("measuring", "tokens", say), lambda block: block.tokens)
         for kept in of_base:
             kept.keep(journal)
         found = summarise(document, [row for _, block in todo for row in journal.rows[block.name]])
@@ -141,32 +141,13 @@ def _write_card(adapter: Path, found: MeasureReport, say: Say) -> None:
         say(f"the model card stays as it was: {safe(error.strerror)}")
 
 
-def _answer_all(
-    missing: Sequence[tuple[State, Block]],
-    base: load.ResolvedModel,
-    what: tuned.Subject,
-    tokenizer: Any,
-    dtype: tuned.Dtype,
-    journal: rows.Journal,
-    say: Say,
-) -> None:
-    from politune.lean import respondent
-
-    answering = respondent.load(what, base, tokenizer, dtype, say)
-    progress, done, total = Phase("measuring", "tokens", say), 0, sum(block.tokens for _, block in missing)
-    for state, block in missing:
-        journal.append(block.name, answering.answer(state, block))
-        done += block.tokens
-        progress(done, total)
-
-
 def _recipe(run: dict[str, Any]) -> str | None:
     """Of a run's settings but its seed and its place: what runs over seeds share; None where no run is known."""
     settings = {
         name: value for name, value in record.settings_of(run).items()
         if name != "train.seed" and not name.startswith(NOT_OF_AN_ADAPTER)
     }  # fmt: skip
-    return papers.sha256_of_json({**settings, "data": run.get("data")}) if settings else None
+    return record.sha256_of_json({**settings, "data": run.get("data")}) if settings else None
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[rows.Row]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -33,7 +32,7 @@ def describe(what: tuned.Subject, base: load.ResolvedModel, tokenizer: Any, dtyp
             "name": base.public_name,
             "commit": base.commit,
             "sha256": load.base_sha256(base),
-            "config_sha256": sha256_of_json(base.config),
+            "config_sha256": record.sha256_of_json(base.config),
         },
         "adapter": None if what.adapter is None else sha256_of(what.adapter / adapters.WEIGHTS),
         "merged_from": from_merge.get("base_sha256"),
@@ -54,11 +53,6 @@ def code() -> str:
     package = resources.files("politune")
     parts = [package.joinpath(*name.split("/")).read_bytes() for name in ANSWERED_BY]
     return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def sha256_of_json(document: Mapping[str, Any]) -> str:
-    """Of its canonical text."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _template_sha256(tokenizer: Any) -> str | None:

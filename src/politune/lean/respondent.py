@@ -1,14 +1,14 @@
 """A loaded model that answers the blocks of a measurement, as its base and as it was tuned."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from politune.errors import ModelError, safe
 from politune.lean.plan import Block
-from politune.lean.rows import Row, State
+from politune.lean.rows import Journal, Row, State
 from politune.lean.scorer import Scorer
 from politune.models import fused, tuned
 from politune.models import load as loading
@@ -63,6 +63,29 @@ class Respondent:
                 f"the {state} model gives log-probabilities that are no numbers", fix="measure with --dtype float32"
             )
         return found
+
+    def answer_all(
+        self,
+        missing: Sequence[tuple[State, Block]],
+        journal: Journal,
+        told: Callable[[int, int], None],
+        size: Callable[[Block], int],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Answers blocks and writes each down before the next one.
+
+        Args:
+            told: takes how much of how much is done.
+            size: of a block, in what `told` counts.
+            temperature, seed: see `answer`.
+        """
+        done, total = 0, sum(size(block) for _, block in missing)
+        for state, block in missing:
+            journal.append(block.name, self.answer(state, block, temperature=temperature, seed=seed))
+            done += size(block)
+            told(done, total)
 
 
 def load(

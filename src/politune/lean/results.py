@@ -249,15 +249,21 @@ def _reliability(name: str, told: Sequence[tuple[str, Reliability]]) -> Table:
     return Table(f"{name}: reliability", ("", *(state for state, _ in told)), rows)
 
 
+SIDE_EFFECTS = ("what", "unit", "base", "tuned", "change", "95 % interval", "items")
+
+
 def side_effects(guards: Sequence[Guard]) -> Table:
     """What tuning did beside moving a lean."""
-    rows = tuple(
+    return Table("Side effects", SIDE_EFFECTS, side_effect_rows(guards), " ".join(map(_as_ratio, guards)).strip())
+
+
+def side_effect_rows(guards: Sequence[Guard]) -> tuple[tuple[Cell, ...], ...]:
+    """In the columns of `SIDE_EFFECTS`."""
+    return tuple(
         (each.name, each.unit, number_text(each.base, sign=False), number_text(each.tuned, sign=False),
          number_text(each.change.mean), interval_text(each.change), each.change.items)
         for each in guards
     )  # fmt: skip
-    columns = ("what", "unit", "base", "tuned", "change", "95 % interval", "items")
-    return Table("Side effects", columns, rows, " ".join(map(_as_ratio, guards)).strip())
 
 
 def _as_ratio(guard: Guard) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from politune.data.format import common_prefix_length
+from politune.data.format import common_prefix_length, in_parts
 from politune.errors import ModelError
 from politune.lean.prompts import Ids, Query
 from politune.models import scoring
@@ -98,7 +98,7 @@ class Scorer:
 
     def _states(self, firsts: Mapping[Ids, int]) -> dict[Ids, Tensor]:
         """The last hidden states of rows, each from its own first wanted token on: [tokens, H]."""
-        shared = min(min(firsts.values()), shared_length(firsts)) if self.shares else 0
+        shared = min(min(firsts.values()), common_prefix_length(min(firsts), max(firsts))) if self.shares else 0
         past = self._remember(next(iter(firsts))[:shared])
         found: dict[Ids, Tensor] = {}
         of_stem: dict[int, list[_Family]] = defaultdict(list)
@@ -113,7 +113,7 @@ class Scorer:
             for row, states in zip(batch, hidden, strict=True):
                 found[row] = states[firsts[row] - shared : len(row) - shared].clone()
         for length in sorted(of_stem, reverse=True):
-            for families in _together(of_stem[length], self.tokens_per_batch):
+            for families in in_parts(of_stem[length], lambda family: sum(map(len, family.rows)), self.tokens_per_batch):
                 found |= self._families_states(families, shared, length, past, firsts)
         return found
 
@@ -180,12 +180,6 @@ def _keeps_keys_and_values_alone(config: Any) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def shared_length(rows: Iterable[Ids]) -> int:
-    """How many tokens all rows begin with."""
-    every = list(rows)
-    return common_prefix_length(min(every), max(every))
-
-
 def _families(rows: Sequence[Ids], shared: int) -> Iterator[_Family]:
     """Sorted rows, those together that save enough by sharing what they begin with beyond `shared` tokens."""
     family: list[Ids] = []
@@ -202,21 +196,6 @@ def _families(rows: Sequence[Ids], shared: int) -> Iterator[_Family]:
             family, stem = [row], len(row)
     if family:
         yield _Family(family[0][:stem], tuple(family))
-
-
-def _together(families: Sequence[_Family], tokens: int) -> Iterator[list[_Family]]:
-    """Families as many at a time as have about so many tokens."""
-    batch: list[_Family] = []
-    size = 0
-    for family in families:
-        own = sum(map(len, family.rows))
-        if batch and size + own > tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(family)
-        size += own
-    if batch:
-        yield batch
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from politune import presets
-from politune.config import GROUPS
+from politune.config import GROUPS, NOT_OF_AN_ADAPTER
 from politune.errors import ConfigError, PolituneError, safe
 from politune.lean import measure
 from politune.presets import Resolved
@@ -103,7 +103,7 @@ class Task:
     @property
     def adapters_settings(self) -> dict[str, Any]:
         """Without those that change how a run is followed and saved, but no adapter."""
-        return {key: value for key, value in self.settings.items() if not key.startswith(measure.NOT_OF_AN_ADAPTER)}
+        return {key: value for key, value in self.settings.items() if not key.startswith(NOT_OF_AN_ADAPTER)}
 
 
 def shipped_names() -> tuple[str, ...]:

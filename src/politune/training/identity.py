@@ -1,28 +1,18 @@
 """What a resumed run must share with the run that it goes on with, and how a difference is named."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from politune import record
-from politune.config import Run
+from politune.config import NOT_OF_AN_ADAPTER, Run
 from politune.errors import ConfigError, OutputError, safe
 from politune.presets import flatten
 from politune.training import checkpoints
 from politune.training.prepare import Prepared
 from politune.training.processes import world_size
 
-# Settings that may change between a run and its resumption without changing the adapter that comes out.
-MAY_CHANGE = (
-    "title",
-    "train.output_dir",
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "tracking.",
-)
 # Names whose content is compared instead: a path may be written differently, and a revision may move.
 COMPARED_BY_HASH = ("model.model_name_or_path", "model.revision", "data.dataset_name", "data.dataset_revision")
 # Of a packed call; what is chosen for a machine depends on its free memory, so a resumed run takes the former value.
@@ -34,7 +24,7 @@ def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> di
     import torch
 
     settings = {
-        key: value for key, value in flatten(run).items() if not key.startswith((*MAY_CHANGE, *COMPARED_BY_HASH))
+        key: value for key, value in flatten(run).items() if not key.startswith((*NOT_OF_AN_ADAPTER, *COMPARED_BY_HASH))
     }
     accelerator = torch.accelerator.current_accelerator()
     found = {
@@ -42,7 +32,7 @@ def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> di
         "sha256 of the data": prepared.table.sha256,
         "sha256 of the training tokens": prepared.tokens_sha256,
         "sha256 of the base model": prepared.base_sha256,
-        "sha256 of the base model's config": _hash(prepared.base.config),
+        "sha256 of the base model's config": record.sha256_of_json(prepared.base.config),
         CALL_TOKENS: tokens_per_call,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
@@ -71,7 +61,7 @@ def check_finished(document: Mapping[str, Any], run: Run) -> None:
     before = record.settings_of(document)
     if not before or not isinstance(document.get("metrics"), dict):
         raise OutputError("run.json is damaged or of another version of politune", fix="choose another --output_dir")
-    asked = {key: value for key, value in flatten(run).items() if not key.startswith(MAY_CHANGE)}
+    asked = {key: value for key, value in flatten(run).items() if not key.startswith(NOT_OF_AN_ADAPTER)}
     asked |= {"method": run.method}
     _refuse(before, json.loads(json.dumps(asked)))
 
@@ -81,7 +71,3 @@ def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         lines = "; ".join(f"{key}: {safe(before.get(key))} -> {safe(now[key])}" for key in changed)
         fix = "use the former settings, or start anew in another --output_dir"
         raise ConfigError(f"cannot resume, because something has changed: {lines}", fix=fix)
-
-
-def _hash(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from politune.data.format import in_parts
 from politune.models import scoring
 
 IGNORED = -100
@@ -156,17 +157,7 @@ def divide(
     sequences: Sequence[_Sequence], groups: Sequence[tuple[int, ...]], most_tokens: int
 ) -> Iterator[list[tuple[int, ...]]]:
     """Groups of rows, in their order, in as few parts as hold `most_tokens` each; a group is never divided."""
-    part: list[tuple[int, ...]] = []
-    used = 0
-    for group in groups:
-        size = count_packed_tokens(sequences, group)
-        if part and used + size > most_tokens:
-            yield part
-            part, used = [], 0
-        part.append(group)
-        used += size
-    if part:
-        yield part
+    return in_parts(groups, lambda group: count_packed_tokens(sequences, group), most_tokens)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from politune import record
 
 FILE = "reference.safetensors"
 # Settings that no reference log-probability depends on: it is of the base model alone, without the adapter.
@@ -26,7 +27,7 @@ def key_of(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         settings: what stands in no identity or is left out of it here: the layout, and the rows that are not trained on.
     """
     facts = {name: value for name, value in identity.items() if not name.startswith(WITHOUT_INFLUENCE)}
-    return hashlib.sha256(json.dumps([facts, settings], sort_keys=True, default=str).encode()).hexdigest()
+    return record.sha256_of_json([facts, settings])
 
 
 class ReferenceScores:
