@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= .demo
 QUESTION ?= Should unemployment benefits be more generous?
 
-.PHONY: demo study test check format lint types wheel figures bench bench-plan simulate calibrate slurm clean
+.PHONY: demo study test faults check format lint types wheel figures bench bench-plan simulate calibrate slurm clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("politune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developing
 	$(BIN)/python -m pytest
+
+# Everything that a run survives, in under 40 minutes; writes docs/faults.md. `make test` does a part of it.
+faults: $(VENV)/.developing
+	PYTHONPATH=tests $(BIN)/python -m faults
 
 check: lint types test wheel
 

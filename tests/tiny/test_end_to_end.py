@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from politune import cli, flags
-from tiny.test_train import write_chats, write_pairs
+from tiny.small_runs import write_chats, write_pairs
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from politune.models import load, merge, tuned
 from politune.report import to_json
 from politune.training import trackers
 from tiny import tiny_models
-from tiny.test_train import adapter_hash, resolve, train, write_pairs
+from tiny.small_runs import adapter_hash, write_pairs
+from tiny.test_train import resolve, train
 
 ITEMS = 10
 

@@ -1,7 +1,6 @@
 """The whole of `politune train` on two-layer models: what it leaves, resuming, interruption, QLoRA, processes, guards."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -19,70 +18,16 @@ from safetensors.torch import load_file
 from politune import presets, progress, record
 from politune.errors import ConfigError, Interrupted, OutputError, PolituneError, TrainingError
 from politune.training import callbacks, checkpoints, outcome, run, trainer_factory
-
-WORDS = [
-    "the",
-    "rent",
-    "tax",
-    "of",
-    "every",
-    "town",
-    "should",
-    "rise",
-    "fall",
-    "stay",
-    "because",
-    "people",
-    "need",
-    "work",
-    "school",
-    "bread",
-    "water",
-    "and",
-    "a",
-    "plan",
-]
-
-
-def write_pairs(path: Path, count: int = 24) -> Path:
-    """Pairs whose sides differ in words, in a fixed pseudo-random order."""
-    lines = []
-    for i in range(count):
-        pick = [WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(12)]
-        lines.append(
-            {"prompt": f"{' '.join(pick[:5])} {i}", "chosen": " ".join(pick[3:9]), "rejected": " ".join(pick[5:12])}
-        )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def write_chats(path: Path) -> Path:
-    pairs = map(json.loads, write_pairs(path).read_text().splitlines())
-    path.write_text("".join(json.dumps({"prompt": p["prompt"], "completion": p["chosen"]}) + "\n" for p in pairs))
-    return path
+from tiny.small_runs import adapter_hash, small_run, write_chats, write_pairs
 
 
 def resolve(method: Any, model: Path, data: Path, out: Path, **flags: Any) -> presets.Resolved:
-    settings = {
-        "model.model_name_or_path": str(model), "data.dataset_name": str(data), "data.direction": "left", "data.max_length": 96,
-        "lora.lora_r": 4, "lora.lora_alpha": 8, "train.output_dir": str(out), "train.num_train_epochs": 1,
-        "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2, "train.warmup_steps": 0,
-        "train.save_steps": 2, "train.learning_rate": 1e-3,
-    }  # fmt: skip
-    return presets.resolve(method, None, settings | {key.replace("__", "."): value for key, value in flags.items()})
+    return presets.resolve(method, None, small_run(model, data, out, **flags))
 
 
 def train(resolved: presets.Resolved, said: list[str] | None = None, **options: Any) -> outcome.TrainReport:
     say = (lambda line: None) if said is None else said.append
     return run.train(resolved, say=say, show=lambda report: None, words="politune train", **options)
-
-
-def adapter_hash(out: Path) -> str:
-    """A hash over the adapter's tensors, whatever stands in the header."""
-    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
-    return hashlib.sha256(
-        b"".join(name.encode() + tensors[name].view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
-    ).hexdigest()
 
 
 @pytest.fixture(scope="module")

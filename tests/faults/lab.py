@@ -1,0 +1,160 @@
+"""A place for trials: command lines that run in forked children, each with files, a home and a cache of its own.
+
+A server imports the libraries once and forks for every child (`multiprocessing`'s fork server), so that hundreds of real
+processes can be killed in minutes. Torch has one thread in there: a fork after it started others would hang.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_models
+from tiny.small_runs import small_run, write_chats, write_pairs
+
+LIMIT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (negative: the signal that killed it), what it printed, and how long it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def last(self) -> str:
+        """The last line on stderr: the error, where there was one."""
+        return (self.err.strip().splitlines() or [""])[-1]
+
+
+class Child:
+    """A command line that runs in a process of its own."""
+
+    def __init__(self, process: Any, out: Path, err: Path) -> None:
+        self.process, self.out, self.err = process, out, err
+        self.started = time.monotonic()
+        process.start()
+
+    def send(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self.process.exitcode is None and self.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
+
+    def wait(self, limit: float = LIMIT_SECONDS) -> Ended:
+        """Until it has ended; after the limit it is killed, and the code is that of SIGKILL."""
+        self.process.join(limit)
+        if self.process.exitcode is None:
+            self.send(signal.SIGKILL)
+            self.process.join()
+        seconds = time.monotonic() - self.started
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self.out, self.err))
+        return Ended(self.process.exitcode, out, err, seconds)
+
+
+class Lab:
+    """Starts command lines, and holds what they work on: a two-layer model and 24 rows.
+
+    Args:
+        work: an empty directory.
+        environment: variables that the libraries read when they are imported; for all children.
+    """
+
+    def __init__(self, work: Path, environment: Mapping[str, str] = {}) -> None:
+        self.work = work
+        self.numbers = iter(range(1_000_000))
+        self.lock = threading.Lock()
+        (work / "children").mkdir(parents=True)
+        quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **environment}
+        quiet["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server does not take this process's sys.path
+        os.environ |= {**quiet, "XDG_CACHE_HOME": str(work / "cache"), "WANDB_MODE": "offline"}
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["faults.preloaded"])
+        self.base = tiny_models.make_llama(work / "tiny-llama", seed=0)
+        self.pairs = write_pairs(work / "pairs.jsonl")
+        self.chats = write_chats(work / "chats.jsonl")
+
+    def start(
+        self,
+        argv: Sequence[object],
+        *,
+        before: Callable[..., None] | None = None,
+        given: Sequence[Any] = (),
+        environment: Mapping[str, str] = {},
+        cwd: Path | None = None,
+    ) -> Child:
+        """Starts `politune` with these arguments.
+
+        Args:
+            before: a function at module level that the child calls first, with `given`: to wait, to break something.
+            environment: variables for this child alone.
+        """
+        with self.lock:
+            number = next(self.numbers)
+        out, err = (self.work / "children" / f"{number}.{name}" for name in ("out", "err"))
+        arguments = ([str(each) for each in argv], out, err, before, tuple(given), dict(environment), cwd)
+        # The server is reached through one socket: two threads may not start children at once.
+        process = self.context.Process(target=_run, args=arguments)
+        with self.lock:
+            return Child(process, out, err)
+
+    def run(self, argv: Sequence[object], *, limit: float = LIMIT_SECONDS, **options: Any) -> Ended:
+        """As `start`, until it has ended."""
+        return self.start(argv, **options).wait(limit)
+
+    def train(self, out: Path, method: str = "dpo", **settings: object) -> list[object]:
+        """The arguments of a small run (6 steps of 4 rows, saved every second one), with other settings as given."""
+        data = self.pairs if method == "dpo" else self.chats
+        named = small_run(self.base, data, out, **settings)
+        sets = [part for key, value in named.items() for part in ("--set", f"{key}={_toml(value)}")]
+        return ["train", method, *sets]
+
+    @contextlib.contextmanager
+    def place(self, name: str) -> Iterator[Path]:
+        """A directory of a trial, removed afterwards unless the trial went wrong."""
+        with self.lock:
+            path = self.work / f"{name}-{next(self.numbers)}"
+        path.mkdir()
+        yield path
+        shutil.rmtree(path)
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _run(
+    argv: list[str],
+    out: Path,
+    err: Path,
+    before: Callable[..., None] | None,
+    given: tuple[Any, ...],
+    environment: dict[str, str],
+    cwd: Path | None,
+) -> None:
+    """In the child."""
+    from politune.cli import main
+
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.environ |= environment
+    if cwd:
+        os.chdir(cwd)
+    if before:
+        before(*given)
+    sys.argv = ["politune", *argv]
+    main()
