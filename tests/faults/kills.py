@@ -1,35 +1,343 @@
-"""Runs that are killed, and go on."""
+"""Runs that are killed or asked to stop at any moment, that race for one directory, and that go on."""
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Lab
+from faults.lab import Child, Ended, Lab
 from tiny.small_runs import adapter_hash
+
+OPERATIONS = ("openat", "write", "pwrite64", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir",
+              "mkdirat", "fsync", "fdatasync", "ftruncate", "chmod", "fchmod", "link", "flock")  # fmt: skip
+WRITES = re.compile(r"^\d+ +(\w+)\((.*)$")
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
-    yield _at_random(lab, 200 if whole else 4, seed=1)
-
-
-def _at_random(lab: Lab, trials: int, seed: int) -> Figure:
-    with lab.place("whole") as place:
-        lab.run(lab.train(place / "run", train__save_steps=1))
+    with lab.place("expected") as place:
+        argv = lab.train(place / "run", train__save_steps=1)
+        assert lab.run(argv).code == 0
         expected = adapter_hash(place / "run")
-    draw = random.Random(seed)
+        yield _killed(lab, expected, 200 if whole else 6, seed=1)
+        yield _killed_at_operations(lab, expected, None if whole else 6, twice=False)
+        yield _killed_at_operations(lab, expected, None if whole else 3, twice=True)
+    yield _signalled(lab, 40 if whole else 4, seed=2)
+    yield _pressed_twice(lab, 10 if whole else 1, seed=3)
+    yield _races(lab, 50 if whole else 3)
+    yield _cycles(lab, 300 if whole else 3, seed=4)
 
-    def trial(moment: float) -> str | None:
+
+def _killed(lab: Lab, expected: str, trials: int, seed: int) -> Figure:
+    """Six of ten inside a save: the child marks where it is, and what the mark says when it is dead is what counts."""
+    draw = random.Random(seed)
+    inside = Counter[str]()
+
+    def trial(case: tuple[int, float]) -> str | None:
+        save, moment = case
         with lab.place("kill") as place:
             argv = lab.train(place / "run", train__save_steps=1)
-            child = lab.start(argv)
+            mark = place / "mark"
+            mark.write_bytes(b"\0\0")
+            child = lab.start(argv, before=mark_saves, given=[mark])
+            if save:
+                _wait(child, lambda: mark.read_bytes()[1] >= save)
             time.sleep(moment)
             child.send(signal.SIGKILL)
-            child.wait()
-            again = lab.run([*argv, "--resume"] if (place / "run" / "run.json").exists() else argv)
-            same = adapter_hash(place / "run") == expected
-            return None if again.code == 0 and same else f"killed after {moment:.3f} s: {again.code} {again.last}"
+            ended = child.wait()
+            inside["save"] += ended.code < 0 and mark.read_bytes()[0]
+            return _flaw(lab.go_on(argv), place / "run", expected, f"killed at {case}")
 
-    moments = [draw.uniform(0, 1.2) for _ in range(trials)]
-    return count("killed at a random moment, then `--resume`: equal", side_by_side(trial, moments), seed=seed)
+    cases = [(draw.randint(1, 6), draw.uniform(0, 0.012)) for _ in range(trials * 6 // 10)]
+    cases += [(0, draw.uniform(0, 1.1)) for _ in range(trials - len(cases))]
+    found = side_by_side(trial, cases)
+    if inside["save"] < 0.3 * trials:
+        found.append(f"only {inside['save']} of {trials} were killed inside a save")
+    beside = f"{inside['save']} of them inside a save"
+    return count("`kill -9` at a random moment, then the command again: equal", found, seed=seed, beside=beside)
+
+
+def mark_saves(mark: Path) -> None:
+    """In the child: the file's first byte says whether it is in a save, the second how many it has begun."""
+    import mmap
+
+    from transformers import Trainer
+
+    from politune.training.callbacks import Commit
+
+    with mark.open("r+b") as handle:
+        state = mmap.mmap(handle.fileno(), 2)
+    save, commit = Trainer._save_checkpoint, Commit.on_save
+
+    def begun(self: Trainer, *args: object, **kwargs: object) -> object:
+        state[0], state[1] = 1, state[1] + 1
+        return save(self, *args, **kwargs)
+
+    def committed(self: Commit, *args: object, **kwargs: object) -> None:
+        commit(self, *args, **kwargs)
+        state[0] = 0
+
+    Trainer._save_checkpoint, Commit.on_save = begun, committed
+
+
+def _killed_at_operations(lab: Lab, expected: str, most: int | None, *, twice: bool) -> Figure:
+    """strace kills the process before the k-th call of one kind, from the last save to the end of the run."""
+    with lab.place("trace") as place:
+        log = place / "log"
+        ended = _traced(lab, place / "run", log, ["-e", f"trace={','.join(OPERATIONS)}"])
+        assert ended.code == 0, ended.err
+        moments = list(_changes(log.read_text(errors="replace")))
+    if most is not None:
+        moments = moments[:: max(1, len(moments) // most)][:most]
+    elif twice:
+        moments = moments[::4]
+
+    def trial(moment: tuple[str, int]) -> str | None:
+        with lab.place("operation") as place:
+            name, number = moment
+            inject = ["-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}"]
+            ended = _traced(lab, place / "run", place / "log", inject)
+            if ended.code == 0:
+                return f"{moment} did not come"
+            if twice:
+                _traced(lab, place / "run", place / "log2", inject, resume=True)
+            argv = lab.train(place / "run", train__save_steps=1, train__save_total_limit=2)
+            return _flaw(lab.go_on(argv), place / "run", expected, f"killed before {name} number {number}")
+
+    what = "killed before each file operation of one save, rotation and export"
+    again = ", and once more in the resumed run" if twice else ""
+    beside = f"of {', '.join(sorted({name for name, _ in moments}))}" if most is None and not twice else ""
+    return count(f"{what}{again}: equal", side_by_side(trial, moments), beside=beside)
+
+
+def _changes(log: str) -> Iterator[tuple[str, int]]:
+    """(name, which of its calls) of every call of a trace that changes what is on the disk."""
+    seen = Counter[str]()
+    for line in log.splitlines():
+        if not (found := WRITES.match(line)):
+            continue
+        name, arguments = found[1], found[2]
+        seen[name] += 1
+        reads = name == "openat" and not re.search(r"O_WRONLY|O_RDWR|O_CREAT", arguments)
+        elsewhere = name == "write" and arguments.startswith(("1,", "2,"))
+        if not reads and not elsewhere:
+            yield name, seen[name]
+
+
+def _traced(lab: Lab, out: Path, log: Path, options: list[str], *, resume: bool = False) -> Ended:
+    """A run of six steps that waits before its last save until strace has taken hold of it."""
+    argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
+    ready, go = log.with_name(f"{log.name}.ready"), log.with_name(f"{log.name}.go")
+    child = lab.start([*argv, "--resume"] if resume else argv, before=pause_before_the_last_save, given=[ready, go])
+    _wait(child, ready.exists)
+    command = ["strace", "-f", "-qq", "-o", str(log), *options, "-p", str(child.process.pid)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
+        while tracer.poll() is None and not _is_traced(child.process.pid):
+            time.sleep(0.002)
+        go.touch()
+        return child.wait()
+
+
+def pause_before_the_last_save(ready: Path, go: Path) -> None:
+    """In the child."""
+    from transformers import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def paused(self: Trainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == self.state.max_steps:
+            ready.touch()
+            while not go.exists():
+                time.sleep(0.002)
+        return save(self, *args, **kwargs)
+
+    Trainer._save_checkpoint = paused
+
+
+def _is_traced(pid: int | None) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True  # it has ended
+    return "TracerPid:\t0" not in status
+
+
+def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
+    """A tenth of them to a process that still imports its libraries, the others to one that has them."""
+    draw = random.Random(seed)
+    settings = {"train__num_train_epochs": 4, "train__save_steps": 8}
+    with lab.place("long") as place:
+        ended = lab.run(lab.train(place / "run", **settings))
+        expected, seconds = adapter_hash(place / "run"), ended.seconds
+    codes = Counter[int]()
+
+    def trial(case: tuple[int, float, bool]) -> str | None:
+        number, share, is_cold = case
+        with lab.place("signal") as place:
+            argv, out = lab.train(place / "run", **settings), place / "run"
+            if is_cold:
+                code, last = _signal_a_cold_one(argv, number, share * 7)
+            else:
+                child = lab.start(argv)
+                time.sleep(share * seconds)
+                child.send(number)
+                sent = time.monotonic()
+                ended = child.wait()
+                code, last = ended.code, ended.last
+                if time.monotonic() - sent > 5:
+                    return f"{case}: took {time.monotonic() - sent:.1f} s to leave"
+            codes[code] += 1
+            # Before anything of politune runs, the system's own answer stands: a shell shows it as the same number.
+            before_it_began = not out.exists() and code == -number
+            if code not in (0, 128 + number) and not before_it_began:
+                return f"{case}: {code} {last}"
+            if code > 0 and out.exists() and "go on with: politune" not in last:
+                return f"{case}: no command to resume: {last}"
+            if adapter_hash(out) not in ("none", expected):
+                return f"{case}: an adapter that is not the whole run's"
+            if code and (out / "adapter").exists() and 'status": "done' in (out / "run.json").read_text():
+                return f"{case}: ended badly, and says done"
+            return _flaw(lab.go_on(argv), out, expected, str(case))
+
+    cases = [
+        (draw.choice((signal.SIGINT, signal.SIGTERM)), draw.uniform(0, 1), index % 10 == 9) for index in range(trials)
+    ]
+    found = side_by_side(trial, cases)
+    ends = ", ".join(f"{code}: {number}" for code, number in sorted(codes.items()))
+    what = "SIGINT or SIGTERM at a random moment: 130 or 143, no half-trained adapter, the command printed, then equal"
+    return count(what, found, seed=seed, beside=f"exit codes {ends}")
+
+
+def _signal_a_cold_one(argv: list[object], number: int, moment: float) -> tuple[int, str]:
+    command = [sys.executable, "-m", "politune", *map(str, argv)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(moment)
+        process.send_signal(number)
+        _, err = process.communicate()
+    return process.returncode, (err.strip().splitlines() or [""])[-1]
+
+
+def _pressed_twice(lab: Lab, trials: int, seed: int) -> Figure:
+    """The step in which they come lasts ten seconds: only the second one can end it in less than one."""
+    draw = random.Random(seed)
+
+    def trial(pause: float) -> str | None:
+        with lab.place("twice") as place:
+            child = lab.start(lab.train(place / "run"), before=stay_in_a_step, given=[place / "there"])
+            _wait(child, (place / "there").exists)
+            child.send(signal.SIGINT)
+            time.sleep(pause)
+            child.send(signal.SIGINT)
+            sent = time.monotonic()
+            ended = child.wait()
+            took = time.monotonic() - sent
+            return None if ended.code == 130 and took < 1 else f"{ended.code} after {took:.1f} s: {ended.last}"
+
+    pauses = [draw.uniform(0.1, 1.5) for _ in range(trials)]
+    return count(
+        "Ctrl-C twice in a step of ten seconds: gone within one, exit 130", side_by_side(trial, pauses), seed=seed
+    )
+
+
+def stay_in_a_step(there: Path) -> None:
+    """In the child."""
+    from politune.training.callbacks import FiniteGuard
+
+    def stay(*args: object, **kwargs: object) -> None:
+        there.touch()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            time.sleep(0.05)
+
+    FiniteGuard.on_pre_optimizer_step = stay
+
+
+def _races(lab: Lab, trials: int) -> Figure:
+    def trial(number: int) -> str | None:
+        with lab.place("race") as place:
+            argv, at = lab.train(place / "run", train__max_steps=2), time.monotonic() + 0.15
+            both = [lab.start(argv, before=wait_until, given=[at]) for _ in range(2)]
+            ended = sorted((child.wait() for child in both), key=lambda each: each.code)
+            codes, late = [each.code for each in ended], ended[1].seconds
+            good = codes == [0, 7] and late < 1 + 0.3 and "Traceback" not in ended[1].err
+            return None if good else f"race {number}: {codes}, the second after {late:.2f} s: {ended[1].last}"
+
+    # One after the other: both of a race shall have a core.
+    return count("two runs begun at once in one directory: one trains, one leaves with 7 within a second",
+                 (trial(number) for number in range(trials)))  # fmt: skip
+
+
+def wait_until(moment: float) -> None:
+    """In the child."""
+    time.sleep(max(0.0, moment - time.monotonic()))
+
+
+def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
+    """One run that is killed again and again; each start leaves its number of open files, each end what is on the disk."""
+    draw = random.Random(seed)
+    settings = {"train__max_steps": 4 * cycles + 8, "train__save_steps": 1, "train__save_total_limit": 2}
+    failures, names, sizes, opened = list[str | None](), list[int](), list[int](), list[int]()
+    with lab.place("soak") as place:
+        out = place / "run"
+        argv = lab.train(out, **settings)
+        for cycle in range(cycles):
+            child = lab.start([*argv, "--resume"] if cycle else argv, before=count_open_files, given=[place / "opened"])
+            steps = draw.randint(2, 4)
+            _wait(child, lambda: (place / "opened").exists() and len((place / "opened").read_text().split()) >= steps)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.02))
+            child.send(signal.SIGKILL)
+            ended = child.wait()
+            opened.append(int(((place / "opened").read_text().split() or ["0"])[-1]))
+            (place / "opened").unlink()
+            failures.append(None if ended.code == -signal.SIGKILL else f"cycle {cycle}: {ended.code} {ended.last}")
+            paths = list(out.rglob("*"))
+            names.append(len(paths))
+            sizes.append(sum(path.stat().st_size for path in paths if path.is_file() and path.name != "log.jsonl"))
+        ended = lab.run([*argv, "--resume"])
+        once = place / "once"
+        lab.run([each if each != f"train.output_dir={out}" else f"train.output_dir={once}" for each in argv])
+        failures.append(_flaw(ended, out, adapter_hash(once), "the end of it"))
+        left = [path.name for path in out.rglob(".*") if path.name not in (".politune.lock",)]
+    third = max(1, cycles // 3)
+    grown = max(names[-third:]) - max(names[:third]), max(sizes[-third:]) / max(sizes[:third]) - 1
+    if cycles > 30 and (grown[0] > 2 or grown[1] > 0.1):
+        failures.append(f"the disk grew by {grown[0]} files and {grown[1]:.0%} between the first and the last third")
+    if max(opened) - min(opened) > 2:
+        failures.append(f"open files went from {min(opened)} to {max(opened)}")
+    if left:
+        failures.append(f"left behind: {left}")
+    beside = f"at most {max(names)} files, {max(sizes) / 1e6:.1f} MB, {max(opened)} open files"
+    what = "start, kill, resume, again and again: equal, disk and open files flat"
+    return count(what, failures, seed=seed, beside=beside)
+
+
+def count_open_files(path: Path) -> None:
+    """In the child: a line at the end of every step."""
+    from politune.training.callbacks import StepClock
+
+    def written(self: StepClock, *args: object, **kwargs: object) -> None:
+        opened = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with path.open("a") as handle:
+            handle.write(f"{opened}\n")
+
+    StepClock.on_step_end = written
+
+
+def _flaw(ended: Ended, out: Path, expected: str, case: str) -> str | None:
+    """What is wrong with a run that went on; None where nothing is."""
+    found = adapter_hash(out)
+    if ended.code == 0 and found == expected and "Traceback" not in ended.err:
+        return None
+    return f"{case}: {ended.code}, adapter {found[:8]} for {expected[:8]}: {ended.last}"
+
+
+def _wait(child: Child, is_there: Callable[[], bool]) -> None:
+    """Until something is there, or the child has ended."""
+    while not is_there() and child.process.exitcode is None:
+        time.sleep(0.0005)

@@ -113,6 +113,13 @@ class Lab:
         """As `start`, until it has ended."""
         return self.start(argv, **options).wait(limit)
 
+    def go_on(self, argv: Sequence[object], **options: Any) -> Ended:
+        """What somebody does who comes back to a run: the same command, and with `--resume` where that is asked for."""
+        ended = self.run(argv, **options)
+        if ended.code == 7 and "--resume" in ended.last:
+            ended = self.run([*argv, "--resume"], **options)
+        return ended
+
     def train(self, out: Path, method: str = "dpo", **settings: object) -> list[object]:
         """The arguments of a small run (6 steps of 4 rows, saved every second one), with other settings as given."""
         data = self.pairs if method == "dpo" else self.chats

@@ -48,17 +48,20 @@ def newest(directory: Path, set_aside: Callable[[str], None] | None = None) -> P
     """The newest whole checkpoint, or None.
 
     Args:
-        set_aside: damaged ones are moved to `.damaged/`, each with one line through this; None leaves them where they are
-            (of several processes only the first may move).
+        set_aside: damaged ones are moved to `.damaged/`, and those that were never finished are removed, each with one line
+            through this; None leaves them where they are (of several processes only the first may move).
     """
     candidates = [path for path in directory.glob("checkpoint-*") if path.is_dir()] if directory.is_dir() else []
     for checkpoint in sorted(candidates, key=step_of, reverse=True):
         flaw = _flaw(checkpoint)
         if flaw is None:
             return checkpoint
-        if set_aside is not None:
+        if set_aside is not None and (checkpoint / MARKER).exists():
             _move(checkpoint, directory / SET_ASIDE / checkpoint.name)
             set_aside(f"set aside {checkpoint.name}: {flaw}")
+        elif set_aside is not None:
+            shutil.rmtree(checkpoint)
+            set_aside(f"removed {checkpoint.name}: it was not completely written")
     return None
 
 
@@ -86,7 +89,7 @@ def _committed(directory: Path) -> list[Path]:
 def _flaw(checkpoint: Path) -> str | None:
     marker = read_json(checkpoint / MARKER)
     if marker is None:
-        return "it was not completely written"
+        return "its marker cannot be read"
     for name, recorded in marker["files"].items():
         try:
             same = _fingerprint(checkpoint / name) == recorded

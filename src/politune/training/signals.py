@@ -15,7 +15,10 @@ from types import FrameType
 from politune.errors import Interrupted
 
 SAME_REQUEST_SECONDS = 1.0
-"""A scheduler signals all processes of a job, and the one that started this one hands it on: the same signal comes twice."""
+"""A scheduler signals all processes of a job, and the one that started this one hands it on: the same signal comes twice.
+
+Not so Ctrl-C where nothing launched this process: who presses it twice means it.
+"""
 
 
 class StopRequest:
@@ -32,7 +35,7 @@ class StopRequest:
         again = self.signal_number is not None
         announces = number == signal.SIGUSR1
         number = signal.SIGTERM if announces else number
-        if number == self.signal_number and (announces or self._announced or self._is_same()):
+        if number == self.signal_number and (announces or self._announced or self._is_same(number)):
             return
         self._announced = announces
         self.signal_number, self._came = number, time.monotonic()
@@ -40,8 +43,9 @@ class StopRequest:
             # Not an Exception: a library that catches those, while it loads a model, would go on or blame the file.
             raise KeyboardInterrupt
 
-    def _is_same(self) -> bool:
-        return time.monotonic() - self._came < SAME_REQUEST_SECONDS
+    def _is_same(self, number: int) -> bool:
+        may_be_handed_on = number != signal.SIGINT or "RANK" in os.environ
+        return may_be_handed_on and time.monotonic() - self._came < SAME_REQUEST_SECONDS
 
     def interrupted(self, what: str) -> Interrupted:
         """The error that ends the run, with the command that resumes it."""
