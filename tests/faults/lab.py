@@ -59,7 +59,8 @@ class Child:
             self.send(signal.SIGKILL)
             self.process.join()
         seconds = time.monotonic() - self.started
-        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self.out, self.err))
+        texts = (path.read_bytes() if path.exists() else b"" for path in (self.out, self.err))
+        out, err = (text.decode("utf-8", "replace") for text in texts)
         return Ended(self.process.exitcode, out, err, seconds)
 
 

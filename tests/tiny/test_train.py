@@ -493,7 +493,10 @@ def test_out_of_memory_says_what_to_change(
     monkeypatch.setattr(callbacks.Progress, "on_train_begin", fail)
     with pytest.raises(TrainingError, match="out of memory with 2 rows") as caught:
         train(resolve("dpo", tiny_llama, pairs, tmp_path / "run"))
-    assert "--per_device_train_batch_size" in str(caught.value)
+    message = str(caught.value)
+    assert "--tokens-per-call" in message
+    assert "--gradient-checkpointing" in message
+    assert message.count("(about ") >= 2, "the plan's numbers"
 
 
 def test_batch_four_equals_two_accumulated(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
@@ -584,6 +587,21 @@ def test_wandb_offline_holds_the_metrics_and_no_secret(
         assert secret not in everything
 
 
+@pytest.mark.usefixtures("wandb_offline")
+def test_a_resumed_run_is_the_same_one_on_wandb(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve("dpo", tiny_llama, pairs, tmp_path / "run", tracking__use_wandb=True)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(3, patch)
+        with pytest.raises(Interrupted):
+            train(resolved)
+    train(resolved, resume=True)
+    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    assert ids == {(tmp_path / "run" / "wandb" / "politune-id").read_text()}
+
+
 def test_tensorboard_holds_the_metrics(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -597,17 +615,18 @@ def test_callbacks_leave_the_model_as_they_found_it(tiny_llama: Path, pairs: Pat
     """Mode, random state and weights before and after every hook of every callback that does not save."""
     model = torch.nn.Linear(2, 2)
     model.weight.grad = torch.ones(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
     state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})()
     control = type("Control", (), {"should_save": False, "should_training_stop": False})()
     guards = [
-        callbacks.FiniteGuard(lambda: ""),
+        callbacks.FiniteGuard(list, lambda: ""),
         callbacks.JsonLog(tmp_path / "log.jsonl", callbacks.EvaluationName()),
         callbacks.Progress(10.0),
     ]
     random, weights, mode = torch.get_rng_state(), model.weight.detach().clone(), model.training
     for guard in guards:
         for hook in ("on_train_begin", "on_pre_optimizer_step", "on_step_end", "on_log", "on_train_end"):
-            getattr(guard, hook)(None, state, control, model=model, logs={"loss": 0.5})
+            getattr(guard, hook)(None, state, control, model=model, optimizer=optimizer, logs={"loss": 0.5})
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(model.weight, weights)
     assert model.training is mode

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,11 @@ from politune.errors import ModelError, OutputError, safe
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 STAGING_PREFIX = ".staging-"
+FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSALS = FULL | {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EIO, errno.EFBIG, errno.ESTALE,
+}  # fmt: skip
+"""What a file system answers where something cannot be written: it is full, read-only, gone, or not ours."""
 
 
 @dataclass(frozen=True)
@@ -158,27 +164,27 @@ def writing_to(target: Path) -> Iterator[None]:
     """Turns a refusal of the file system inside the block into an OutputError that names `target`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    except Exception as error:
+        number = refusal_of(error)
+        if number in FULL:
             raise full_disk(target) from error
-        if error.errno in {
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EEXIST,
-            errno.ENOTEMPTY,
-            errno.EIO,
-        }:
+        if number is not None:
             raise OutputError(
-                f"cannot write to {safe(target)}", why=error.strerror, fix="choose another place"
+                f"cannot write to {safe(target)}", why=os.strerror(number), fix="choose another place"
             ) from error
         raise
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own, with the number of the system's error in its text.
-        if type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error):
-            raise full_disk(target) from error
-        raise
+
+
+def refusal_of(error: Exception) -> int | None:
+    """The number of the system's error where a file system refused to be written to, else None.
+
+    safetensors has an error class of its own, with that number in its text; torch.save says only that it could not write.
+    """
+    if isinstance(error, OSError):
+        return error.errno if error.errno in REFUSALS else None
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return int(found[1]) if int(found[1]) in REFUSALS else None
+    return errno.ENOSPC if "inline_container" in str(error) or "PytorchStreamWriter" in str(error) else None
 
 
 def full_disk(target: Path) -> OutputError:

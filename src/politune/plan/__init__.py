@@ -10,7 +10,7 @@ from politune.config import Run
 from politune.plan.calibration import timed
 from politune.plan.calls import PAYING_TOKENS as TOKENS_PER_CALL
 from politune.plan.calls import Calls, is_packed, reference_passes, row_tokens
-from politune.plan.changes import find_change
+from politune.plan.changes import find_change, ways_to_save
 from politune.plan.machine import Gpu, Machine, find_gpus, probe
 from politune.plan.memory import MARGIN, MemoryNeed, adapter_number_bytes, explain, memory_need
 from politune.plan.notes import notes_on
@@ -235,18 +235,25 @@ def _plan_memory(
 
     need = need_of(run, length, limit or 0)
     available = _available_per_process(machine, processes)
+    bf16 = not on_gpu or machine.gpus[0].computes_bfloat16
+
+    def changed_need(changed: Run, length: int) -> MemoryNeed:
+        return need_of(changed, length, changed.train.tokens_per_call)
+
     change = None
     if available is not None and not need.fits_into(available):
-        bf16 = not on_gpu or machine.gpus[0].computes_bfloat16
-        change = find_change(
-            run,
-            length,
-            available,
-            lambda changed, length: need_of(changed, length, changed.train.tokens_per_call),
-            bf16=bf16,
-        )
+        change = find_change(run, length, available, changed_need, bf16=bf16)
     calls = _plan_calls(run, shape, data, machine, processes)
     call_tokens = calls.tokens(limit or 0) if calls else None
+    as_now = run.model_copy(update={"train": run.train.model_copy(update={"tokens_per_call": 0})})
+    ways = ways_to_save(
+        as_now,
+        length,
+        call_tokens,
+        need.peak_bytes,
+        lambda changed, length: need_of(changed, length, changed.train.tokens_per_call or limit or 0),
+        bf16=bf16,
+    )
     return MemoryPlan(
         need=need,
         peak_bytes=need.peak_bytes,
@@ -256,6 +263,7 @@ def _plan_memory(
         call_tokens=call_tokens,
         change=change.flags if change else None,
         change_peak_bytes=change.peak_bytes if change else None,
+        ways=tuple((way.flags, way.peak_bytes) for way in ways),
         formula=tuple(explain(run, shape, length, call_tokens, on_gpu=on_gpu)),
     )
 

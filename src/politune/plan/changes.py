@@ -53,6 +53,33 @@ def find_change(
     return None
 
 
+def ways_to_save(
+    run: Run,
+    sequence_tokens: int,
+    call_tokens: int | None,
+    peak_bytes: int,
+    need: Callable[[Run, int], MemoryNeed],
+    *,
+    bf16: bool = True,
+) -> tuple[Change, ...]:
+    """Up to three changes, each by itself, that lower the peak; in the order of what they cost.
+
+    Args:
+        call_tokens: of the largest packed call, None where rows are padded.
+        peak_bytes: of the run as it is.
+        need, bf16: as `find_change` takes them.
+    """
+    halved: list[list[Settings]] = [[{"tokens_per_call": call_tokens // 2}]] if call_tokens else []
+    found = []
+    for variants in halved + _options(run, sequence_tokens, bf16=bf16):
+        settings = variants[0]
+        length = min(sequence_tokens, int(settings.get("max_length", sequence_tokens)))
+        peak = need(_changed(run, settings), length).peak_bytes
+        if peak < peak_bytes:
+            found.append(Change(settings, peak))
+    return tuple(found[:3])
+
+
 def _options(run: Run, sequence_tokens: int, *, bf16: bool) -> list[list[Settings]]:
     """The changes that this run has left, each as its variants from mild to strong."""
     train = run.train

@@ -66,6 +66,8 @@ class MemoryPlan:
     change: str | None
     """Flags that make it fit; None where it fits, where nothing does, and where it is not known what there is."""
     change_peak_bytes: int | None
+    ways: tuple[tuple[str, int], ...]
+    """Flags that would each lower the peak by themselves, and the peak that they lead to: for when it runs out after all."""
     formula: tuple[str, ...]
     """What the parts are the sum of, and what is assumed."""
 

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback
 
 from politune.errors import TrainingError
-from politune.training import checkpoints
+from politune.training import checkpoints, divergence
 from politune.training.signals import StopRequest
+from politune.writing import write_whole
 
 # TRL's metric names that a person follows during a run, and how they are called on the progress line.
 SHOWN = {
@@ -51,7 +52,7 @@ class JsonLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.path.exists():
             kept = [json.dumps(line) + "\n" for line in self._lines() if line.get("step", 0) <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            write_whole(self.path, "".join(kept))
 
     def _lines(self) -> list[dict[str, Any]]:
         """Those there, but for one that a killed process left half written."""
@@ -62,11 +63,20 @@ class JsonLog(TrainerCallback):
         """Whether a line of the step has a number of one of these names."""
         return any(line.get("step") == step and any(key in names for key in line) for line in self._lines())
 
+    def warnings(self) -> dict[str, str]:
+        """What was warned of, by its kind."""
+        return {line["kind"]: line["warning"] for line in self._lines() if "warning" in line}
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        numbers = {key: _finite(value) for key, value in self.evaluation.rename(logs).items()}
-        line = {"step": state.global_step, "time": round(time.time(), 3), **numbers}
+        self._write(state.global_step, {key: _finite(value) for key, value in self.evaluation.rename(logs).items()})
+
+    def warn(self, step: int, kind: str, text: str) -> None:
+        """A line that is a warning."""
+        self._write(step, {"kind": kind, "warning": text})
+
+    def _write(self, step: int, entries: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+            handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **entries}) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -188,32 +198,90 @@ class Commit(TrainerCallback):
             torch.distributed.barrier()  # each process writes its own random state into the checkpoint
         if state.is_world_process_zero:
             directory = Path(args.output_dir)
-            (directory / "README.md").unlink(missing_ok=True)  # TRL's own card, which discloses nothing
             checkpoints.commit(directory / f"checkpoint-{state.global_step}", self.identity, self.metadata)
             checkpoints.rotate(directory, self.keep)
 
 
 class FiniteGuard(TrainerCallback):
-    """Stops the run in the step in which a gradient or the loss is not a finite number."""
+    """Stops the run in the step in which a loss, a gradient, a weight or the optimizer's state is not a finite number.
 
-    def __init__(self, last_checkpoint: Callable[[], str]) -> None:
-        self.last_checkpoint = last_checkpoint
+    Args:
+        losses: of the step's batches, each a scalar.
+        last_checkpoint: says which one is the last good one.
+    """
+
+    def __init__(self, losses: Callable[[], Sequence[torch.Tensor]], last_checkpoint: Callable[[], str]) -> None:
+        self.losses, self.last_checkpoint = losses, last_checkpoint
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._check(state.global_step + 1, "the loss", self.losses())
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            self._stop(state.global_step + 1, "a gradient")
+        self._check(state.global_step + 1, "a gradient", gradients)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._check(state.global_step, "a weight", weights)
+        moments = [moment for each in optimizer.state.values() for moment in each.values()]
+        self._check(state.global_step, "the optimizer's state", moments)
+
+    def _check(self, step: int, what: str, tensors: Sequence[Any]) -> None:
+        found = [each.detach() for each in tensors if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        largest = torch.nn.utils.get_total_norm(
+            found, norm_type=math.inf
+        )  # one number for all: one wait for the device
+        if not math.isfinite(float(largest)):
+            raise TrainingError(
+                f"{what} is not a finite number at step {step}",
+                why=f"nothing was exported; {self.last_checkpoint()}",
+                fix="lower --learning_rate, or look at the rows with `politune inspect-data`",
+            )
+
+
+class WarnOfDivergence(TrainerCallback):
+    """Tells of what goes wrong though every number is finite (`training.divergence`), each kind once in a run.
+
+    Args:
+        longer: the share of pairs whose chosen text is the longer one.
+        log: remembers what was told, over resumptions.
+        say: takes the warning as a line of progress.
+        others: trackers, which take it too.
+    """
+
+    def __init__(self, longer: float, log: JsonLog, say: Callable[[str], None], others: Sequence[Any]) -> None:
+        self.longer, self.log, self.say, self.others = longer, log, say, others
+        self.told: set[str] = set()
+        self.lines: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told = set(self.log.warnings())
+        self.lines = [line for line in state.log_history if "loss" in line]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}) and not math.isfinite(float((logs or {})["loss"])):
-            self._stop(state.global_step, "the loss")
+        if "loss" not in (logs or {}):
+            return
+        self.lines.append(dict(logs or {}))
+        for kind, text in divergence.signs(self.lines, self.longer):
+            if kind not in self.told:
+                self.told.add(kind)
+                self.say(f"warning at step {state.global_step}: {text}")
+                for each in (self.log, *self.others):
+                    each.warn(state.global_step, kind, text)
 
-    def _stop(self, step: int, what: str) -> None:
-        raise TrainingError(
-            f"{what} is not a finite number at step {step}",
-            why=f"nothing was exported; {self.last_checkpoint()}",
-            fix="lower --learning_rate, or look at the rows with `politune inspect-data`",
-        )
+
+class Rehearse(TrainerCallback):
+    """Has the longest rows computed before the first step: a run that does not fit into memory says so at once.
+
+    Args:
+        rehearse: computes them.
+    """
+
+    def __init__(self, rehearse: Callable[[], object]) -> None:
+        self.rehearse = rehearse
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rehearse()
 
 
 class StopOnSignal(TrainerCallback):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from politune.errors import safe
 from politune.models import files
 from politune.record import model_card, read_json, write_json
 
@@ -30,7 +31,7 @@ def commit(checkpoint: Path, identity: dict[str, Any], metadata: Mapping[str, st
     files.rewrite_metadata(checkpoint / "adapter_model.safetensors", metadata)
     (checkpoint / "README.md").write_text(model_card(metadata, "adapter"), encoding="utf-8")
     (checkpoint / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARKER]
+    paths = _files(checkpoint)
     for path in paths:
         _sync(path)
     hashes = {str(path.relative_to(checkpoint)): _fingerprint(path) for path in paths}
@@ -90,6 +91,11 @@ def _flaw(checkpoint: Path) -> str | None:
     marker = read_json(checkpoint / MARKER)
     if marker is None:
         return "its marker cannot be read"
+    if marker["step"] != step_of(checkpoint):
+        return f"it is step {safe(marker['step'])} under another name"
+    strangers = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - set(marker["files"])
+    if strangers:
+        return f"{safe(min(strangers))} was not saved with it"
     for name, recorded in marker["files"].items():
         try:
             same = _fingerprint(checkpoint / name) == recorded
@@ -98,6 +104,12 @@ def _flaw(checkpoint: Path) -> str | None:
         if not same:
             return f"{name} has changed"
     return None
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """What a checkpoint consists of: neither its marker nor what a file manager hides in a directory."""
+    paths = sorted(checkpoint.rglob("*"))
+    return [path for path in paths if path.is_file() and path.name != MARKER and not path.name.startswith(".")]
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

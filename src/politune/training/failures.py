@@ -1,52 +1,61 @@
 """Errors of the libraries that a user can put right, turned into politune's own."""
 
-import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from politune.config import TrainSpec
-from politune.errors import OutputError, TrainingError, safe
+from politune.errors import OutputError, PolituneError, TrainingError, safe
+from politune.models import files
+from politune.plan import PlanReport, format_bytes
 
 
 @contextmanager
-def translated(settings: TrainSpec, directory: Path) -> Iterator[None]:
-    """Out of memory and a full disk, wherever in loading, training, evaluation or export they happen.
+def translated(settings: TrainSpec, estimate: PlanReport, directory: Path) -> Iterator[None]:
+    """Out of memory and a disk that takes no more, wherever in loading, training, evaluation or export they happen.
 
     Raises:
         TrainingError: out of memory.
-        OutputError: the disk of the run directory is full.
+        OutputError: the disk of the run directory is full, read-only or gone.
     """
     try:
         yield
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            raise _out_of_memory(error, settings) from error
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save's word for a full disk
-            raise _full_disk(directory) from error
+    except PolituneError:
         raise
-    except MemoryError as error:
-        raise _out_of_memory(error, settings) from error
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise _full_disk(directory) from error
+    except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise _out_of_memory(error, settings, estimate) from error
+        if (number := files.refusal_of(error)) is not None:
+            raise _unwritable(directory, number) from error
         raise
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """CUDA has a type for it; the CPU's allocator has only its name in the text."""
+    if not isinstance(error, RuntimeError):
+        return False
     return "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error)
 
 
-def _out_of_memory(error: BaseException, settings: TrainSpec) -> TrainingError:
-    smaller = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
-    return TrainingError(
-        f"out of memory with {settings.per_device_train_batch_size} rows per forward pass",
-        why=safe((str(error) or "no memory left").splitlines()[0]),
-        fix=f"{smaller}, or add --gradient_checkpointing, or --use_4bit",
+def _out_of_memory(error: BaseException, settings: TrainSpec, estimate: PlanReport) -> TrainingError:
+    memory, ways = (
+        estimate.memory,
+        "halve --per-device-train-batch-size, or add --gradient-checkpointing, or --use-4bit",
     )
+    what = f"out of memory with {settings.per_device_train_batch_size} rows per forward pass"
+    if memory:
+        what += f", the longest sequence of {memory.sequence_tokens:,} tokens, about {format_bytes(memory.peak_bytes)} in all"
+        ways = (
+            ", or ".join(f"{flags} (about {format_bytes(peak)})" for flags, peak in memory.ways)
+            or "take a smaller model"
+        )
+    return TrainingError(what, why=safe((str(error) or "no memory left").splitlines()[0]), fix=f"try {ways}")
 
 
-def _full_disk(directory: Path) -> OutputError:
-    fix = "free some space and go on with --resume"
-    return OutputError(f"the disk of {safe(directory)} is full", why="checkpoints written before are kept", fix=fix)
+def _unwritable(directory: Path, number: int) -> OutputError:
+    shown, kept = safe(directory), "checkpoints written before are kept"
+    if number in files.FULL:
+        return OutputError(f"the disk of {shown} is full", why=kept, fix="free some space and go on with --resume")
+    what = f"cannot write to {shown}: {os.strerror(number)}"
+    return OutputError(what, why=kept, fix="go on with --resume when it can be written to again")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.report import Curve, Facts, Section
+from politune.report import Curve, Facts, Lines, Section
 
 if TYPE_CHECKING:
     from politune.lean.results import MeasureReport
@@ -39,6 +39,7 @@ class TrainReport:
     what tuning that does not carry over gives. Log-probabilities are summed over the completion, in nats. `left_out` counts
     the rows that were not trained on, or not whole, by reason. `minutes` is all of the training; `reference_seconds` of it the
     phase in which DPO's reference is scored, which `tokens_per_second` leaves out, as it does saving and evaluating.
+    `warnings` are signs that training went wrong (see `training.divergence`).
     `measurement` is what the instruments say, where the run was asked for it.
     """
 
@@ -58,6 +59,7 @@ class TrainReport:
     validation: dict[str, float]
     heldout: dict[str, float]
     heldout_rows: int
+    warnings: tuple[str, ...]
     curves: tuple[Plot, ...]
     sync_command: str | None
     disclosure: str
@@ -83,8 +85,10 @@ class TrainReport:
         ]
         if self.sync_command:
             run.append(("Weights & Biases, kept offline", self.sync_command))
+        warned = [Lines("Warnings", self.warnings)] if self.warnings else []
         measured = self.measurement.verdicts() if self.measurement else []
         return [
+            *warned,
             *measured,
             *(Facts(title, tuple(metrics.items())) for title, metrics in evaluated.items() if metrics),
             *(Curve(title, "step", series) for title, series in self.curves),
@@ -98,7 +102,8 @@ def from_document(document: Mapping[str, Any]) -> TrainReport:
         (title, tuple((name, tuple((x, y) for x, y in points)) for name, points in series))
         for title, series in document["curves"]
     )
-    return TrainReport(**{"reference_seconds": 0.0, **document, "curves": tuple(curves)})
+    warnings = tuple(document.get("warnings", ()))
+    return TrainReport(**{"reference_seconds": 0.0, **document, "warnings": warnings, "curves": tuple(curves)})
 
 
 def named(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -104,7 +104,7 @@ def _train(
         if checkpoint:
             check_checkpoint(checkpoint, identity)
         papers.begin(base=prepared.base_facts(), data=prepared.data_facts(), plan=asdict(estimate), disclosure=metadata)
-        with _offline_from_here(), quiet_libraries(), translated(run.train, directory):
+        with _offline_from_here(), quiet_libraries(), translated(run.train, estimate, directory):
             # Torch, transformers and TRL come in here, after everything that can be refused without them.
             from politune.training.session import Session
 

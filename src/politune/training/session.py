@@ -17,13 +17,15 @@ from politune.lean.midway import Midway
 from politune.models import files, load
 from politune.presets import flatten
 from politune.progress import Phase
-from politune.training import callbacks, checkpoints, reference, trackers, trainer_factory
+from politune.training import callbacks, checkpoints, divergence, reference, trackers, trainer_factory
 from politune.training.identity import CALL_TOKENS
 from politune.training.outcome import TrainReport, draw_curves, draw_leans, named
 from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
 from politune.training.signals import StopRequest
 
+REHEARSAL_SHARE = 0.01
+"""Of a run's tokens, at most so many are computed once more beforehand, to see whether the longest rows fit."""
 _SHARDED = ("DistributedType.FSDP", "DistributedType.DEEPSPEED")
 
 
@@ -51,6 +53,7 @@ class Session:
         self.first_step = 0
         self.seconds = self.reference_seconds = 0.0
         self.evaluation = callbacks.EvaluationName()
+        self.log = callbacks.JsonLog(directory / "log.jsonl", self.evaluation)
         # An `accelerate config` on this machine must not change what a run computes in.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if trainer_factory.computes_in_bf16(run) else "no"
         config = trainer_factory.trl_config(run, directory / "checkpoints")
@@ -67,7 +70,8 @@ class Session:
             self.clock,  # first of all: what others do after a step is no part of it
             callbacks.Commit(identity, metadata, run.train.save_total_limit),
             callbacks.StopOnSignal(stop),
-            callbacks.FiniteGuard(self._last_checkpoint),
+            callbacks.FiniteGuard(lambda: self.trainer.losses, self._last_checkpoint),
+            callbacks.Rehearse(lambda: trainer_factory.rehearse(self.trainer, self._rehearsal_tokens)),
         ]
         self.trainer = trainer_factory.build(
             run, config, model, prepared.tokenizer, rows, [*everywhere, *self._logs(), *self.watchers]
@@ -76,6 +80,12 @@ class Session:
         self._keep_reference(identity)
         if run.tracking.measure_every:
             self._measure_on_the_way(run.tracking.measure_every)
+
+    @property
+    def _rehearsal_tokens(self) -> float:
+        """What a dry pass may take: a shorter run meets its longest rows soon enough."""
+        _, steps = plan.count_optimizer_steps(self.run, len(self.prepared.train), world_size())
+        return REHEARSAL_SHARE * self.tokens_per_step / world_size() * steps
 
     def _measure_on_the_way(self, every: int) -> None:
         if str(self.trainer.accelerator.distributed_type) in _SHARDED:
@@ -158,12 +168,19 @@ class Session:
 
     def hand_over(self) -> list[Any]:
         """The trackers, still open, for what is logged when the model is gone: the caller finishes them."""
-        given = [each for each in self.watchers if not isinstance(each, callbacks.Progress)]
+        given = self._trackers()
         self.watchers = [each for each in self.watchers if each not in given]
         return given
 
     def _logs(self) -> list[Any]:
-        return [callbacks.JsonLog(self.directory / "log.jsonl", self.evaluation)] if is_main_process() else []
+        """What reads the log, in the first process; the log itself comes before what reads it."""
+        if not is_main_process():
+            return []
+        longer = divergence.share_of_longer([row.completions for row in self.prepared.train])
+        return [self.log, callbacks.WarnOfDivergence(longer, self.log, self.say, self._trackers())]
+
+    def _trackers(self) -> list[Any]:
+        return [each for each in self.watchers if not isinstance(each, callbacks.Progress)]
 
     def _watchers(self) -> list[Any]:
         """The live progress and the trackers: what has to be opened and, however the run ends, closed."""
@@ -290,6 +307,7 @@ class Session:
             validation=validation,
             heldout=heldout,
             heldout_rows=len(self.prepared.heldout),
+            warnings=tuple(self.log.warnings().values()),
             curves=(*draw_curves(logged), *draw_leans(state.log_history)),
             sync_command=next(
                 (each.sync_command for each in self.watchers if isinstance(each, trackers.WandbLog)), None

@@ -5,6 +5,7 @@ passes, nothing of the environment.
 """
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from politune.config import Run
 from politune.doctor import knows_wandb
 from politune.errors import MachineError, safe
 from politune.training.callbacks import EvaluationName
+from politune.writing import write_whole
 
 
 class WandbLog(TrainerCallback):
@@ -42,18 +44,29 @@ class WandbLog(TrainerCallback):
             silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True,
             x_disable_machine_info=True, x_save_requirements=False,
         )  # fmt: skip
+        mode = wandb_mode()
         self.wandb_run = wandb.init(
+            id=_run_id(self.directory),
+            resume=None
+            if mode == "offline"
+            else "allow",  # a resumed run goes on in its own one; offline the id alone says so
             project=self.run_spec.tracking.wandb_project,
             name=self.run_spec.tracking.wandb_run_name or Path(self.run_spec.train.output_dir).name,
             config=self.settings,
             dir=str(self.directory),
-            mode=wandb_mode(),
+            mode=mode,
             settings=quiet,
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.wandb_run is not None:
             self.wandb_run.log(self.evaluation.rename(logs), step=state.global_step)
+
+    def warn(self, step: int, kind: str, text: str) -> None:
+        """Into the run's summary, and as an alert."""
+        if self.wandb_run is not None:
+            self.wandb_run.summary[f"warnings/{kind}"] = f"step {step}: {text}"
+            self.wandb_run.alert(title=f"politune: {kind}", text=f"step {step}: {text}")
 
     @property
     def sync_command(self) -> str | None:
@@ -63,10 +76,22 @@ class WandbLog(TrainerCallback):
         return f"wandb sync {Path(self.wandb_run.dir).parent}"
 
     def finish(self) -> None:
-        """Ends the run on Weights & Biases."""
+        """Ends the run on Weights & Biases, and the client's own process, which writes for a while after the run's end."""
         if self.wandb_run is not None:
+            import wandb
+
             self.wandb_run.finish()
             self.wandb_run = None
+            wandb.teardown()
+
+
+def _run_id(directory: Path) -> str:
+    """The run's name for Weights & Biases, made up once and kept with the run."""
+    path = directory / "wandb" / "politune-id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8")
 
 
 def wandb_mode() -> Any:
@@ -93,6 +118,11 @@ class TensorBoardLog(TrainerCallback):
         for key, value in self.evaluation.rename(logs).items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(key, value, state.global_step)
+        self.writer.flush()
+
+    def warn(self, step: int, kind: str, text: str) -> None:
+        """As a text."""
+        self.writer.add_text(f"warnings/{kind}", text, step)
         self.writer.flush()
 
     def finish(self) -> None:

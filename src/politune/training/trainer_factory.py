@@ -3,6 +3,7 @@
 When TRL renames something, this file changes and no other; tests/tiny/test_trl_contract.py names what is relied on.
 """
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,11 +139,16 @@ class _Trainer:
     """
 
     packed: PackedForward | None = None
+    losses: list[Any]
+    """Of the batches of the optimizer step so far, each a scalar on its device."""
     _turn = 0
     _signature_columns: Any
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's own card discloses nothing; politune writes one into each checkpoint."""
 
     def _labelled(self, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
         """(input_ids, attention_mask, labels) of a batch."""
@@ -150,18 +156,24 @@ class _Trainer:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.begin_step(batches)
+        return batches, items
+
+    def begin_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """The batches of the optimizer step whose `training_step`s come next."""
+        self.losses = []
         if self.packed is not None:
             self._turn = 0
             self.packed.begin_step([self._labelled(batch) for batch in batches])
-        return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.packed is None:
-            return super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self.packed.expect(self._turn)
+        if self.packed is not None:
+            self.packed.expect(self._turn)
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self.packed.finish(self._turn)
-        self._turn += 1
+        if self.packed is not None:
+            self.packed.finish(self._turn)
+            self._turn += 1
+        self.losses.append(loss)
         return loss
 
 
@@ -242,7 +254,7 @@ class CompletionTrainer(_Trainer, SFTTrainer):  # type: ignore[misc]
 
 
 def _length(row: Mapping[str, Any]) -> int:
-    return sum(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return sum(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids") if name in row)
 
 
 def _by_tokens(rows: Sequence[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
@@ -346,6 +358,37 @@ def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
 
     model.forward = forward
     return None
+
+
+def rehearse(trainer: Any, most_tokens: float) -> bool:
+    """A forward and a backward pass over the longest rows: as many as share a call, at least one batch of them.
+
+    What is not freed again is the memory; weights, metrics and the random state are as they were. False where the pass would
+    take more than `most_tokens`.
+    """
+    rows = sorted(trainer.train_dataset, key=lambda row: (-_length(row), row[ROW]))
+    size, most = trainer.args.per_device_train_batch_size, trainer.packed.tokens_per_call if trainer.packed else 0
+    batches = [rows[:size]]
+    tokens = sum(map(_length, rows[:size]))
+    for start in range(size, min(len(rows), size * trainer.args.gradient_accumulation_steps), size):
+        batch = rows[start : start + size]
+        tokens += sum(map(_length, batch))
+        if tokens > most:
+            tokens -= sum(map(_length, batch))
+            break
+        batches.append(batch)
+    if tokens > most_tokens:
+        return False
+    kept = copy.deepcopy(trainer._metrics), trainer._total_train_tokens, getattr(trainer, "reference_seconds", 0.0)
+    with torch.random.fork_rng():
+        collated = [trainer._prepare_inputs(trainer.data_collator(batch)) for batch in batches]
+        trainer.current_gradient_accumulation_steps = len(collated)
+        trainer.begin_step(collated)
+        for batch in collated:
+            trainer.training_step(trainer.model_wrapped, batch)
+    trainer.model.zero_grad(set_to_none=True)
+    trainer._metrics, trainer._total_train_tokens, trainer.reference_seconds = kept
+    return True
 
 
 @contextmanager

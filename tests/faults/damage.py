@@ -1,0 +1,189 @@
+"""Checkpoints that rot: every file of the newest one, damaged in every way, beside what the libraries alone make of it."""
+
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from faults.figures import Figure, count, side_by_side
+from faults.lab import Lab
+from tiny.small_runs import adapter_hash
+
+NEWEST = "checkpoint-4"
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _flipped(path: Path) -> None:
+    """One bit, three quarters in: among the tensors of those that hold some."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (_missing, _empty, _half, _zeroed, _flipped)
+
+
+def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
+    with lab.place("damage") as place:
+        expected, killed = _killed_run(lab, place)
+        cases = list(_cases(killed / "checkpoints" / NEWEST))
+        yield _ours(lab, killed, expected, cases if whole else cases[::8], _plain(lab, place) if whole else "")
+        yield _strangers(lab, killed, expected)
+
+
+def _killed_run(lab: Lab, place: Path) -> tuple[str, Path]:
+    """(the adapter's hash of the run that nothing happened to, one that was killed in step 5 with steps 2 and 4 saved)."""
+    lab.run(lab.train(place / "whole"))
+    expected = adapter_hash(place / "whole")
+    assert lab.run(lab.train(place / "run"), before=die_in_step, given=[5]).code == -signal.SIGKILL
+    return expected, place / "run"
+
+
+def die_in_step(step: int, number: int = signal.SIGKILL) -> None:
+    """In the child: a signal before the optimizer's step."""
+    from politune.training.callbacks import FiniteGuard
+
+    original = FiniteGuard.on_pre_optimizer_step
+
+    def die(self: FiniteGuard, args: object, state: object, *more: object, **kwargs: object) -> None:
+        original(self, args, state, *more, **kwargs)
+        if state.global_step + 1 == step:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), number)
+
+    FiniteGuard.on_pre_optimizer_step = die
+
+
+def _cases(checkpoint: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    for path in sorted(checkpoint.iterdir()):
+        for damage in DAMAGES:
+            yield path.name, damage
+
+
+def _ours(
+    lab: Lab, killed: Path, expected: str, cases: list[tuple[str, Callable[[Path], None]]], beside: str
+) -> Figure:
+    def trial(case: tuple[str, Callable[[Path], None]]) -> str | None:
+        name, damage = case
+        with lab.place("damaged") as place:
+            # A run is known by its settings, not by the path of its directory.
+            shutil.copytree(killed, place / "run")
+            damage(place / "run" / "checkpoints" / NEWEST / name)
+            ended = lab.run([*lab.train(place / "run"), "--resume"])
+            said = f"{NEWEST}:" in ended.err and "resuming from checkpoint-2" in ended.err
+            good = ended.code == 0 and said and adapter_hash(place / "run") == expected
+            return None if good else f"{name} {damage.__name__}: {ended.code} {ended.err[-300:]}"
+
+    what = (
+        "a file of the newest checkpoint missing, empty, half, zeroed, one bit flipped: the one before is used, equal"
+    )
+    return count(what, side_by_side(trial, cases), beside=beside)
+
+
+def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
+    """Files that were not saved with it, and checkpoints of nobody."""
+
+    def extra_file(checkpoint: Path) -> None:
+        (checkpoint / "scaler.pt").write_bytes(b"not ours")
+
+    def number_of_nobody(checkpoint: Path) -> None:
+        shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-6"))
+
+    def backup_of_a_user(checkpoint: Path) -> None:
+        checkpoint.with_name("checkpoint-backup").mkdir()
+
+    def file_of_that_name(checkpoint: Path) -> None:
+        checkpoint.with_name("checkpoint-9").write_text("a note")
+
+    def trial(change: Callable[[Path], None]) -> str | None:
+        with lab.place("strange") as place:
+            shutil.copytree(killed, place / "run")
+            change(place / "run" / "checkpoints" / NEWEST)
+            ended = lab.run([*lab.train(place / "run"), "--resume"])
+            good = ended.code == 0 and adapter_hash(place / "run") == expected
+            if change is backup_of_a_user:
+                good &= (place / "run" / "checkpoints" / "checkpoint-backup").exists()
+            return None if good else f"{change.__name__}: {ended.code} {ended.err[-300:]}"
+
+    changes = (extra_file, number_of_nobody, backup_of_a_user, file_of_that_name)
+    return count(
+        "what does not belong among the checkpoints: not used, not deleted, equal", side_by_side(trial, changes)
+    )
+
+
+def _plain(lab: Lab, place: Path) -> str:
+    """The same damages to checkpoints of TRL's own trainer, resumed with `resume_from_checkpoint=True`."""
+    whole = place / "plain-whole"
+    assert lab.run([], before=train_plainly, given=[lab.base, lab.pairs, whole, False]).code == 0
+    expected = adapter_hash(whole)
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(whole / name)
+    control = lab.run(
+        [], before=train_plainly, given=[lab.base, lab.pairs, shutil.copytree(whole, place / "intact"), True]
+    )
+    assert control.code == 0, control.err
+    assert adapter_hash(place / "intact") == expected, "the same harness finds nothing wrong with an intact checkpoint"
+    ends = Counter[str]()
+
+    def trial(case: tuple[str, Callable[[Path], None]]) -> None:
+        name, damage = case
+        with lab.place("plain") as own:
+            shutil.copytree(whole, own / "run")
+            damage(own / "run" / NEWEST / name)
+            ended = lab.run([], before=train_plainly, given=[lab.base, lab.pairs, own / "run", True])
+            same = adapter_hash(own / "run") == expected
+            ends["equal" if same else "crashed" if ended.code else "other weights in silence"] += 1
+            ends["fell back"] += "step 3" in ended.out
+
+    side_by_side(trial, _cases(whole / NEWEST))
+    total = sum(ends.values()) - ends["fell back"]
+    parts = ", ".join(f"{number} {name}" for name, number in sorted(ends.items()) if number and name != "fell back")
+    return f"TRL's trainer alone, {total}: {parts}; {ends['fell back']} fell back"
+
+
+def train_plainly(base: Path, pairs: Path, out: Path, resume: bool) -> None:
+    """In the child, in place of a command: LoRA and DPO as TRL's documentation has it."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from politune.data.files import Budget, read_jsonl
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+            os.write(1, f"step {state.global_step + 1}\n".encode())  # type: ignore[attr-defined]
+
+    rows = read_jsonl(pairs.read_text(), "pairs", Budget("pairs")).rows
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = DPOConfig(
+        output_dir=str(out), max_length=96, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        save_steps=2, learning_rate=1e-3, use_cpu=True, report_to="none", disable_tqdm=True, seed=42, bf16=False,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows), peft_config=LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"),
+        callbacks=[Steps()],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model(str(out / "adapter"))
+    sys.exit(0)

@@ -1,0 +1,209 @@
+"""Disks that are full, read-only or gone: a file system of its own for each trial (root, or `unshare -Urm`)."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from faults.damage import die_in_step
+from faults.figures import Figure, count, side_by_side
+from faults.lab import Lab
+from tiny.small_runs import adapter_hash
+
+
+def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
+    with lab.place("roomy") as place:
+        assert lab.run(lab.train(place / "run", train__save_steps=1)).code == 0
+        expected = adapter_hash(place / "run")
+        size = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
+    if _can_mount(lab):
+        yield _full(lab, expected, size, 40 if whole else 3, seed=6)
+        yield _read_only(lab, expected)
+    yield _too_large(lab, expected, size, 20 if whole else 2, seed=7)
+    yield _odd_places(lab)
+
+
+def _can_mount(lab: Lab) -> bool:
+    try:
+        with lab.place("mount") as place, _disk(place / "disk", 100_000):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def _disk(path: Path, size: int) -> Iterator[Path]:
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True, capture_output=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True, capture_output=True)
+
+
+def _remount(path: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", path], check=True, capture_output=True)
+
+
+def _full(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
+    """Sizes from what holds run.json alone to what the whole run takes, and some that are just enough."""
+    draw = random.Random(seed)
+    codes, kept = Counter[int](), Counter[int]()
+
+    def trial(room: int) -> str | None:
+        with lab.place("full") as place, _disk(place / "disk", room) as disk:
+            argv = lab.train(disk / "run", train__save_steps=1)
+            # The plan would refuse most of these before the first step: here it is the disk itself that says so.
+            ended = lab.run(argv, before=expect_no_disk)
+            checkpoints = sorted((disk / "run" / "checkpoints").glob("checkpoint-*/politune-commit.json"))
+            codes[ended.code] += 1
+            kept[len(checkpoints)] += 1
+            if ended.code not in (0, 7) or "Traceback" in ended.err:
+                return f"{room} bytes: {ended.code} {ended.last}"
+            _remount(disk, "size=64m")
+            again = lab.go_on(argv)
+            resumed = not checkpoints or ended.code == 0 or "resuming from checkpoint-" in again.err
+            good = again.code == 0 and adapter_hash(disk / "run") == expected and resumed
+            return None if good else f"{room} bytes, then room: {again.code} {again.last}"
+
+    rooms = [int(draw.uniform(0.01, 1.15) * size) for _ in range(trials)]
+    found = side_by_side(trial, rooms)
+    ends = ", ".join(f"{code}: {number}" for code, number in sorted(codes.items()))
+    beside = f"exit codes {ends}; checkpoints kept: {min(kept)} to {max(kept)}"
+    return count("a disk that gets full, at sizes up to the run's: 7, the last good checkpoint kept, equal once there is room",
+                 found, seed=seed, beside=beside)  # fmt: skip
+
+
+def expect_no_disk() -> None:
+    """In the child: the plan finds nothing to say of the disk."""
+    from politune.models import files
+
+    files.require_space = lambda place, needed: None
+
+
+def _too_large(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
+    """A limit on the size of a file (EFBIG), as quotas and some network file systems have it."""
+    draw = random.Random(seed)
+
+    def trial(limit: int) -> str | None:
+        with lab.place("large") as place:
+            argv = lab.train(place / "run", train__save_steps=1)
+            ended = lab.run(argv, before=limit_file_size, given=[limit])
+            if ended.code not in (0, 7) or "Traceback" in ended.err:
+                return f"{limit} bytes: {ended.code} {ended.last}"
+            again = lab.go_on(argv)
+            good = again.code == 0 and adapter_hash(place / "run") == expected
+            return None if good else f"{limit} bytes, then no limit: {again.code} {again.last}"
+
+    limits = [int(draw.uniform(0.002, 0.08) * size) for _ in range(trials)]
+    return count(
+        "no file larger than so many bytes: 7, equal once there is no limit", side_by_side(trial, limits), seed=seed
+    )
+
+
+def limit_file_size(limit: int) -> None:
+    """In the child."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def _read_only(lab: Lab, expected: str) -> Figure:
+    def trial(when: str) -> str | None:
+        with lab.place("read-only") as place, _disk(place / "disk", 64_000_000) as disk:
+            argv = lab.train(disk / "run", train__save_steps=1)
+            if when == "while it trains":
+                ended = lab.run(argv, before=cover, given=[disk / "run" / "checkpoints", 4])
+                subprocess.run(["umount", disk / "run" / "checkpoints"], check=True, capture_output=True)
+            else:
+                if when == "resumed":
+                    lab.run(argv, before=die_in_step, given=[4])
+                _remount(disk, "ro")
+                ended = lab.run([*argv, "--resume"] if when == "resumed" else argv)
+                _remount(disk, "rw")
+            again = lab.go_on(argv)
+            good = ended.code == 7 and "Traceback" not in ended.err and "ead-only" in ended.last
+            good &= again.code == 0 and adapter_hash(disk / "run") == expected
+            return None if good else f"{when}: {ended.code} {ended.last}; then {again.code} {again.last}"
+
+    return count("a disk that is or becomes read-only: 7, equal once it can be written to",
+                 side_by_side(trial, ("at the start", "resumed", "while it trains")))  # fmt: skip
+
+
+def cover(checkpoints: Path, step: int) -> None:
+    """In the child: before the save of that step something read-only lies over the directory of the checkpoints."""
+    from transformers import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def saved(self: Trainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == step:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", checkpoints], check=True, capture_output=True)
+        return save(self, *args, **kwargs)
+
+    Trainer._save_checkpoint = saved
+
+
+def _odd_places(lab: Lab) -> Figure:
+    """No home, a cache that cannot be written to, a C locale, closed streams, a reader that has left, a strict umask."""
+
+    def no_home(place: Path) -> str | None:
+        ended = lab.run(lab.train(place / "run"), environment={"HOME": "/nonexistent", "XDG_CACHE_HOME": ""})
+        return _said_nothing_bad(ended.code, ended.err)
+
+    def no_cache(place: Path) -> str | None:
+        (place / "file").write_text("not a directory")
+        ended = lab.run(lab.train(place / "run"), environment={"XDG_CACHE_HOME": str(place / "file")})
+        return _said_nothing_bad(ended.code, ended.err)
+
+    def c_locale(place: Path) -> str | None:
+        found = _shell("LC_ALL=C LANG=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 politune presets")
+        return _said_nothing_bad(found.returncode, found.stderr)
+
+    def closed_stdout(place: Path) -> str | None:
+        found = _shell("politune presets >&-")
+        return _said_nothing_bad(found.returncode, found.stderr)
+
+    def closed_everything(place: Path) -> str | None:
+        found = _shell(f"politune {shlex.join(map(str, lab.train(place / 'run')))} <&- >&- 2>&-")
+        return None if adapter_hash(place / "run") != "none" else f"{found.returncode}"
+
+    def nobody_reads(place: Path) -> str | None:
+        return _shell("politune presets | true").stderr[-300:]
+
+    def full_stdout(place: Path) -> str | None:
+        found = _shell("politune presets > /dev/full")
+        good = found.returncode == 7 and "Traceback" not in found.stderr
+        return None if good else f"{found.returncode}: {found.stderr[-300:]}"
+
+    def strict_umask(place: Path) -> str | None:
+        ended = lab.run(lab.train(place / "run"), before=os.umask, given=[0o027])
+        modes = {oct(path.stat().st_mode & 0o777) for path in (place / "run").rglob("*") if path.is_file()}
+        return None if ended.code == 0 and modes == {"0o640"} else f"{ended.code}: {modes}"
+
+    def trial(odd: object) -> str | None:
+        with lab.place("odd") as place:
+            flaw = odd(place)  # type: ignore[operator]
+            return f"{odd.__name__}: {flaw}" if flaw else None  # type: ignore[attr-defined]
+
+    odd = (no_home, no_cache, c_locale, closed_stdout, closed_everything, nobody_reads, full_stdout, strict_umask)
+    return count("no home, no cache, a C locale, closed streams, nobody who reads, a full pipe, a strict umask: as ever, or 7",
+                 side_by_side(trial, odd))  # fmt: skip
+
+
+def _shell(command: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+
+
+def _said_nothing_bad(code: int, err: str) -> str | None:
+    return None if code == 0 and "Traceback" not in err else f"{code}: {err[-300:]}"
