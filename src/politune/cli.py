@@ -15,15 +15,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from politune import __version__, presets, report
 from politune.config import ANSWER_TOKENS, SHIPPED_DATA, DataSpec, DpoRun, Run, SftRun
-from politune.errors import ConfigError, DataError, MachineError, OutputError, PolituneError, safe
+from politune.errors import ConfigError, DataError, MachineError, OutputError, PolituneError, safe, without_secrets
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
 
+
+class _Commands(TyperGroup):
+    """Typer repeats the words that it cannot make sense of, hidden characters included."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+                error.message = safe(error.message, None)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="politune",
+    cls=_Commands,
     help="Political preference tuning of language models, as a research instrument: it takes no side and says what was done.",
     no_args_is_help=True,
     add_completion=False,
@@ -66,6 +81,8 @@ StopAfter = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output-dir.")]
+OF_THE_FILE_SYSTEM = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""What a path that the user names can run into anywhere, and that is no bug of politune's."""
 
 
 def main() -> None:
@@ -85,11 +102,19 @@ def main() -> None:
 def _report_unforeseen(error: Exception) -> int:
     """One line about an error that is none of ours; its exit code."""
     if isinstance(error, ModuleNotFoundError):
-        _complain(f"the library {safe(error.name)} is missing. install politune again: pip install politune")
+        name, again = safe(error.name), "install politune again: pip install politune"
+        _complain(f"the library {name} is missing. {again}; `politune doctor` shows the libraries")
         return MachineError.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         _complain("no space left where the output goes")
         return OutputError.exit_code
+    if isinstance(error, OSError) and error.errno in OF_THE_FILE_SYSTEM and error.filename is not None:
+        _complain(f"cannot use {safe(error.filename)}: {error.strerror}")
+        return OutputError.exit_code
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser, of `~name`
+        named = next((word for word in sys.argv if "~" in word), "~")
+        _complain(f"{safe(named)}: there is no such home directory")
+        return ConfigError.exit_code
     what = f"this is a bug in politune: {type(error).__name__}: {safe(error)}"
     _complain(f"{what}\nthe traceback is in {_write_traceback()}")
     return 1
@@ -118,13 +143,13 @@ def _prepare_environment() -> None:
 def _complain(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (process {rank})" if rank != "0" else ""
-    sys.stderr.write(f"politune{where}: {text}\n")
+    sys.stderr.write(f"politune{where}: {without_secrets(text)}\n")
 
 
 def _write_traceback() -> str:
     handle, name = tempfile.mkstemp(prefix="politune-crash-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"politune {__version__}\n{traceback.format_exc()}")
+        file.write(f"politune {__version__}\n{without_secrets(traceback.format_exc())}")
     return name
 
 
@@ -508,6 +533,8 @@ def instruments_check(
     from politune.lean import instruments
 
     rows: Sequence[dict[str, object]] = []
+    if against == "":
+        raise ConfigError("an empty name is no data set", where="--against")
     if against:  # a shipped row holds both sides, whichever direction is asked for
         direction: Literal["left"] | None = "left" if against in SHIPPED_DATA else None
         rows = sources.load(DataSpec(dataset_name=against, direction=direction)).rows

@@ -209,7 +209,7 @@ class LoraSpec(_Spec):
 
 
 class TrainSpec(_Spec):
-    output_dir: Annotated[str, because("the run needs a directory", min_length=1)] = "./outputs"
+    output_dir: Annotated[str, because("the run needs a directory", min_length=1, pattern=r"^[^\x00]*$")] = "./outputs"
     """Directory of the run; must be new or empty unless `--resume`."""
     num_train_epochs: Annotated[float, because("no epoch trains nothing", gt=0, le=1000)] = 4
     """Passes over the training rows."""

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from politune import __version__, plan
 from politune.cache import user_cache
 from politune.errors import safe
+from politune.fetching import HUB_LOGIN
 from politune.models import demo
 from politune.plan.machine import Machine
 from politune.report import Section, Table
@@ -136,7 +137,7 @@ def _logins() -> Iterator[Finding]:
     """Whether, never with what."""
     advice = "gated models need one: `hf auth login`, or HF_TOKEN"
     where = _hub_login()
-    yield Finding("Hugging Face login", "ok" if where else "note", where or "none", "" if where else advice)
+    yield Finding(HUB_LOGIN, "ok" if where else "note", where or "none", "" if where else advice)
     where = "WANDB_API_KEY" if os.environ.get("WANDB_API_KEY") else "netrc" if knows_wandb() else ""
     advice = "runs with --use_wandb are kept offline: `wandb login`"
     yield Finding("Weights & Biases login", "ok" if where else "note", where or "none", "" if where else advice)

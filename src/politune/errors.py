@@ -16,9 +16,15 @@ The numbers are the exit codes of the command line. Anything else that is raised
 with exit code 1.
 """
 
+import os
+import re
 import unicodedata
+from pathlib import Path
 
 MAX_FOREIGN_CHARACTERS = 200
+LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
+"""A token of the Hub wherever it stands, and what an address says of who asks: `https://user:password@host`."""
 
 
 class PolituneError(Exception):
@@ -61,9 +67,20 @@ class ModelError(PolituneError):
 
 
 class MachineError(PolituneError):
-    """This machine cannot do it: hardware, a missing library, a login."""
+    """This machine cannot do it: hardware, a missing library, a login.
+
+    Args:
+        line: the line of `politune doctor` that says what there is of it.
+        what, where, why, fix: as of every PolituneError.
+    """
 
     exit_code = 5
+
+    def __init__(
+        self, what: str, *, line: str, where: str | None = None, why: str | None = None, fix: str | None = None
+    ) -> None:
+        see = f"`politune doctor` shows it under {line}"
+        super().__init__(what, where=where, why=why, fix=f"{fix.rstrip('.')}; {see}" if fix else see)
 
 
 class HubError(PolituneError):
@@ -96,13 +113,33 @@ def safe(text: object, limit: int | None = MAX_FOREIGN_CHARACTERS) -> str:
     """Foreign text made harmless for a terminal and for one line of a log.
 
     Control characters (C0, C1, DEL), bidirectional and zero-width format characters, line separators and lone surrogates
-    become visible escapes; longer texts than `limit` characters are cut with an ellipsis. `None` keeps the full length.
+    become visible escapes, and logins stars; longer texts than `limit` characters are cut with an ellipsis. `None` keeps the
+    full length.
     Printable text, in any script, passes unchanged.
     """
-    string = str(text)
+    string = without_secrets(str(text))
     if limit is not None and len(string) > limit:
         string = string[: limit - 1] + "…"
     return "".join(visible(character) if _hidden(character) else character for character in string)
+
+
+def without_secrets(text: str) -> str:
+    """Stars for this machine's logins and for what is written like one: libraries put them into errors, users into flags."""
+    for name in LOGINS:
+        if len(login := os.environ.get(name, "")) >= 16:
+            text = text.replace(login, "***")
+    return _TOKEN.sub("***", text) if "hf_" in text or "://" in text else text
+
+
+def read_within(path: Path, most_bytes: int) -> bytes | None:
+    """A file's content, or None where it is larger: one from elsewhere may be sparse and claim any size.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as handle:
+        content = handle.read(most_bytes + 1)
+    return content if len(content) <= most_bytes else None
 
 
 def visible(character: str) -> str:

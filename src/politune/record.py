@@ -22,6 +22,8 @@ from politune.errors import OutputError, safe
 from politune.writing import write_whole
 
 SCHEMA_VERSION = 1
+MAX_JSON_BYTES = 256 * 2**20
+"""A directory from somewhere else may hold a file of any size; what politune writes has a few MB."""
 LIBRARIES = (
     "torch",
     "transformers",
@@ -62,8 +64,10 @@ def write_json(path: Path, document: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, or None where there is none that parses."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 

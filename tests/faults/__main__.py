@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import platform
 import shutil
 import sys
@@ -14,7 +15,9 @@ from faults.lab import Lab
 from politune.plan.machine import find_processor
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
-SUBJECTS = ("kills",)
+SUBJECTS = (
+    "kills", "damage", "exact", "numbers", "disk", "hub_faults", "bad_inputs", "fuzz", "validators", "canaries", "cost",
+)  # fmt: skip
 """Modules of this package, in the order of the page; each has `figures(lab, whole)`, which yields Figures."""
 
 HEAD = """# What a run survives
@@ -29,6 +32,7 @@ happened to.
 
 
 def main() -> int:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "offline"}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("subjects", nargs="*", default=SUBJECTS, help=f"of {', '.join(SUBJECTS)}; without any, all")
     parser.add_argument("--some", action="store_true", help="as few trials as `make test` does")

@@ -25,6 +25,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     if _can_mount(lab):
         yield _full(lab, expected, size, 40 if whole else 3, seed=6)
         yield _read_only(lab, expected)
+        yield _too_small(lab)
     yield _too_large(lab, expected, size, 20 if whole else 2, seed=7)
     yield _odd_places(lab)
 
@@ -49,6 +50,20 @@ def _disk(path: Path, size: int) -> Iterator[Path]:
 
 def _remount(path: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", path], check=True, capture_output=True)
+
+
+def _too_small(lab: Lab) -> Figure:
+    """Refused by the plan, before the model is loaded: the adapter, and the checkpoints that stand beside one another."""
+
+    def trial(room: int) -> str | None:
+        with lab.place("small") as place, _disk(place / "disk", room) as disk:
+            ended = lab.run(lab.train(disk / "run", train__save_steps=1))
+            good = ended.code == 7 and "and its disk has" in ended.last and "loading" not in ended.err
+            return None if good else f"{room} bytes: {ended.code} {ended.last}"
+
+    return count(
+        "a disk that cannot hold what the plan says: 7, before the model is loaded", side_by_side(trial, [100_000])
+    )
 
 
 def _full(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
@@ -82,9 +97,9 @@ def _full(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
 
 def expect_no_disk() -> None:
     """In the child: the plan finds nothing to say of the disk."""
-    from politune.models import files
+    from politune.training import run
 
-    files.require_space = lambda place, needed: None
+    run._require_disk = lambda estimate, directory: None
 
 
 def _too_large(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
@@ -164,22 +179,22 @@ def _odd_places(lab: Lab) -> Figure:
         return _said_nothing_bad(ended.code, ended.err)
 
     def c_locale(place: Path) -> str | None:
-        found = _shell("LC_ALL=C LANG=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 politune presets")
+        found = _shell(lab, "LC_ALL=C LANG=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 politune presets")
         return _said_nothing_bad(found.returncode, found.stderr)
 
     def closed_stdout(place: Path) -> str | None:
-        found = _shell("politune presets >&-")
+        found = _shell(lab, "politune presets >&-")
         return _said_nothing_bad(found.returncode, found.stderr)
 
     def closed_everything(place: Path) -> str | None:
-        found = _shell(f"politune {shlex.join(map(str, lab.train(place / 'run')))} <&- >&- 2>&-")
+        found = _shell(lab, f"politune {shlex.join(map(str, lab.train(place / 'run')))} <&- >&- 2>&-")
         return None if adapter_hash(place / "run") != "none" else f"{found.returncode}"
 
     def nobody_reads(place: Path) -> str | None:
-        return _shell("politune presets | true").stderr[-300:]
+        return _shell(lab, "politune presets | true").stderr[-300:]
 
     def full_stdout(place: Path) -> str | None:
-        found = _shell("politune presets > /dev/full")
+        found = _shell(lab, "politune presets > /dev/full")
         good = found.returncode == 7 and "Traceback" not in found.stderr
         return None if good else f"{found.returncode}: {found.stderr[-300:]}"
 
@@ -198,10 +213,14 @@ def _odd_places(lab: Lab) -> Figure:
                  side_by_side(trial, odd))  # fmt: skip
 
 
-def _shell(command: str) -> subprocess.CompletedProcess[str]:
+def _shell(lab: Lab, command: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        ["bash", "-c", command],
+        env={**os.environ, **lab.environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

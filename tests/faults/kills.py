@@ -186,7 +186,7 @@ def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
         with lab.place("signal") as place:
             argv, out = lab.train(place / "run", **settings), place / "run"
             if is_cold:
-                code, last = _signal_a_cold_one(argv, number, share * 7)
+                code, last = _signal_a_cold_one(lab, argv, number, share * 7)
             else:
                 child = lab.start(argv)
                 time.sleep(share * seconds)
@@ -220,9 +220,12 @@ def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
     return count(what, found, seed=seed, beside=f"exit codes {ends}")
 
 
-def _signal_a_cold_one(argv: list[object], number: int, moment: float) -> tuple[int, str]:
+def _signal_a_cold_one(lab: Lab, argv: list[object], number: int, moment: float) -> tuple[int, str]:
     command = [sys.executable, "-m", "politune", *map(str, argv)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, **lab.environment}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         time.sleep(moment)
         process.send_signal(number)
         _, err = process.communicate()
@@ -347,5 +350,5 @@ def _flaw(ended: Ended, out: Path, expected: str, case: str) -> str | None:
 
 def _wait(child: Child, is_there: Callable[[], bool]) -> None:
     """Until something is there, or the child has ended."""
-    while not is_there() and child.process.exitcode is None:
+    while not is_there() and child.code is None:
         time.sleep(0.0005)

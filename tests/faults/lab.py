@@ -6,6 +6,8 @@ processes can be killed in minutes. Torch has one thread in there: a fork after 
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -21,6 +23,8 @@ from tiny import tiny_models
 from tiny.small_runs import small_run, write_chats, write_pairs
 
 LIMIT_SECONDS = 120.0
+ONE_AT_A_TIME = threading.RLock()
+"""Asking how a process ended, as starting another one does, too: the server says it once, and a second reader finds 255."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,33 @@ class Child:
     def __init__(self, process: Any, out: Path, err: Path) -> None:
         self.process, self.out, self.err = process, out, err
         self.started = time.monotonic()
-        process.start()
+        with ONE_AT_A_TIME:
+            process.start()
+
+    @property
+    def code(self) -> int | None:
+        """The exit code; None as long as it runs."""
+        with ONE_AT_A_TIME:
+            return self.process.exitcode  # type: ignore[no-any-return]
 
     def send(self, number: int) -> None:
         """A signal, unless it has ended."""
-        if self.process.exitcode is None and self.process.pid:
+        if self.code is None and self.process.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
     def wait(self, limit: float = LIMIT_SECONDS) -> Ended:
         """Until it has ended; after the limit it is killed, and the code is that of SIGKILL."""
-        self.process.join(limit)
-        if self.process.exitcode is None:
+        multiprocessing.connection.wait([self.process.sentinel], limit)
+        if self.code is None:
             self.send(signal.SIGKILL)
-            self.process.join()
+            multiprocessing.connection.wait([self.process.sentinel])
         seconds = time.monotonic() - self.started
         texts = (path.read_bytes() if path.exists() else b"" for path in (self.out, self.err))
         out, err = (text.decode("utf-8", "replace") for text in texts)
-        return Ended(self.process.exitcode, out, err, seconds)
+        code = self.code
+        assert code is not None
+        return Ended(code, out, err, seconds)
 
 
 class Lab:
@@ -70,6 +83,8 @@ class Lab:
     Args:
         work: an empty directory.
         environment: variables that the libraries read when they are imported; for all children.
+
+    `environment` holds those of the children, for a process that is started by other means.
     """
 
     def __init__(self, work: Path, environment: Mapping[str, str] = {}) -> None:
@@ -77,11 +92,19 @@ class Lab:
         self.numbers = iter(range(1_000_000))
         self.lock = threading.Lock()
         (work / "children").mkdir(parents=True)
-        quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **environment}
-        quiet["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server does not take this process's sys.path
-        os.environ |= {**quiet, "XDG_CACHE_HOME": str(work / "cache"), "WANDB_MODE": "offline"}
+        self.environment = {
+            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline",
+            "XDG_CACHE_HOME": str(work / "cache"), "PYTHONPATH": str(Path(__file__).parents[1]), **environment,
+        }  # fmt: skip
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["faults.preloaded"])
+        own = dict(os.environ)
+        try:
+            os.environ |= self.environment
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ |= own
         self.base = tiny_models.make_llama(work / "tiny-llama", seed=0)
         self.pairs = write_pairs(work / "pairs.jsonl")
         self.chats = write_chats(work / "chats.jsonl")

@@ -254,34 +254,6 @@ def test_resumed_equals_uninterrupted(
     assert adapter_hash(out) == adapter_hash(uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("method", "family"), [("sft", "tiny_mistral"), ("sft", "tiny_llama"), ("dpo", "tiny_mistral")]
-)
-def test_resumed_equals_uninterrupted_in_the_other_kinds(
-    method: str,
-    family: str,
-    pairs: Path,
-    chats: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As above for the other method and family, interrupted in the second epoch, with LoRA dropout."""
-    model, data = request.getfixturevalue(family), pairs if method == "dpo" else chats
-    runs = {
-        name: resolve(method, model, data, tmp_path / name, train__num_train_epochs=2, lora__lora_dropout=0.1)
-        for name in ("whole", "resumed")
-    }
-    train(runs["whole"])
-    with monkeypatch.context() as patch:
-        interrupt_in_step(9, patch, signal.SIGUSR1)
-        with pytest.raises(Interrupted):
-            train(runs["resumed"])
-    report = train(runs["resumed"], resume=True)
-    assert (report.optimizer_steps, report.steps_done_now) == (12, 3)
-    assert adapter_hash(tmp_path / "resumed") == adapter_hash(tmp_path / "whole")
-
-
 def interrupt_in_step(step: int, patch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     original = callbacks.FiniteGuard.on_pre_optimizer_step
 
@@ -297,30 +269,6 @@ def test_the_hash_can_tell_runs_apart(tiny_llama: Path, pairs: Path, tmp_path: P
     """The negative control of the comparison above: another seed gives other bytes."""
     train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", trl__disable_dropout=False, train__seed=7))
     assert adapter_hash(tmp_path / "run") != adapter_hash(uninterrupted)
-
-
-def test_resume_falls_back_to_the_newest_whole_checkpoint(
-    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    """One flipped bit in the newest checkpoint's adapter; it is set aside, the older one used, the result the same."""
-    out, resolved = tmp_path / "run", resolve("dpo", tiny_llama, pairs, tmp_path / "run", trl__disable_dropout=False)
-    train(resolved)
-    (out / "run.json").write_text(json.dumps({**(record.read_json(out / "run.json") or {}), "status": "failed"}))
-    damaged = out / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors"
-    data = bytearray(damaged.read_bytes())
-    data[-5] ^= 1
-    damaged.write_bytes(data)
-    report = train(resolved, resume=True)
-    assert report.steps_done_now == 2
-    assert (out / "checkpoints" / ".damaged" / "checkpoint-6").is_dir()
-    assert adapter_hash(out) == adapter_hash(uninterrupted)
-
-
-def test_a_finished_run_trains_no_further_step(uninterrupted: Path, tiny_llama: Path, pairs: Path) -> None:
-    before = adapter_hash(uninterrupted)
-    report = train(resolve("dpo", tiny_llama, pairs, uninterrupted, trl__disable_dropout=False), resume=True)
-    assert (report.steps_done_now, report.optimizer_steps) == (0, 6)
-    assert adapter_hash(uninterrupted) == before
 
 
 def test_an_export_that_failed_is_made_up_for(
@@ -464,24 +412,6 @@ def test_held_out_rows_are_never_trained_on(tiny_llama: Path, tmp_path: Path) ->
 def test_a_used_directory_is_refused(uninterrupted: Path, tiny_llama: Path, pairs: Path) -> None:
     with pytest.raises(OutputError, match="--resume"):
         train(resolve("dpo", tiny_llama, pairs, uninterrupted))
-
-
-def test_nan_stops_the_run_in_its_step(
-    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = callbacks.FiniteGuard.on_pre_optimizer_step
-
-    def poison(self: Any, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("nan")
-        original(self, args, state, control, model=model, **kwargs)
-
-    monkeypatch.setattr(callbacks.FiniteGuard, "on_pre_optimizer_step", poison)
-    with pytest.raises(TrainingError, match="not a finite number at step 3") as caught:
-        train(resolve("dpo", tiny_llama, pairs, tmp_path / "run"))
-    assert caught.value.exit_code == 8
-    assert "checkpoint-2" in str(caught.value)
-    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_out_of_memory_says_what_to_change(
@@ -674,30 +604,3 @@ def test_the_report_goes_round(uninterrupted: Path) -> None:
     names = {field.name for field in dataclasses.fields(outcome.TrainReport)}
     assert set(stored) == names
     assert checkpoints.newest(uninterrupted / "checkpoints", pytest.fail) is not None
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_from_outside_saves_and_says_how_to_resume(
-    number: int, code: int, tiny_llama: Path, pairs: Path, tmp_path: Path
-) -> None:
-    """The command line itself, signalled after its first step: one message, the exit code, and `--resume` goes on."""
-    resolved = resolve("dpo", tiny_llama, pairs, tmp_path / "run", train__max_steps=100, train__save_steps=1000)
-    command = [sys.executable, "-m", "politune", *shlex.split(presets.command(resolved.run))[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith("step 1/"):
-                process.send_signal(number)
-        assert process.wait(timeout=60) == code
-    message = lines[-1]
-    assert "is saved, no adapter was exported. go on with: politune train dpo" in message
-    assert "--resume" in message
-    assert "Traceback" not in "".join(lines)
-    saved = int(message.split("step ")[1].split(" of")[0])
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
-    assert train(resolved, resume=True).steps_done_now == 100 - saved

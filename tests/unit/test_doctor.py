@@ -1,5 +1,6 @@
 """What `politune doctor` says of a machine, of which it reads only what the test gives it."""
 
+import ast
 import importlib.metadata
 import json
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from politune import doctor, plan
+from politune import doctor, fetching, plan
+from politune.errors import MachineError
 from politune.plan.machine import Gpu, Machine
 from politune.report import to_json
 from politune.training.trackers import wandb_mode
@@ -108,3 +110,21 @@ def test_the_command_shows_it_and_loads_nothing_heavy() -> None:
     )  # fmt: skip
     assert json.loads(answer.stdout)["report"] == "DoctorReport"
     assert not any(line.endswith((" torch", " transformers")) for line in answer.stderr.splitlines())
+
+
+def test_every_environment_error_points_to_a_line(home: Path) -> None:
+    """Each MachineError in the sources names a line that is printed, on a machine with everything installed."""
+    lines = {each.name for each in doctor.examine(Path("outputs")).findings}
+    named = [
+        keyword.value
+        for path in Path(doctor.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "MachineError"
+        for keyword in call.keywords
+        if keyword.arg == "line"
+    ]
+    assert len(named) > 5
+    for value in named:
+        name = value.value if isinstance(value, ast.Constant) else getattr(fetching, value.attr)
+        assert name in lines
+    assert "`politune doctor` shows it under memory" in str(MachineError("no room", line="memory", fix="make some"))

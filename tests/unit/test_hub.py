@@ -7,6 +7,7 @@ The Hub is a stand-in on this machine that speaks the few requests of its protoc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -63,6 +64,10 @@ class StandIn:
             return int(status[1]), {}, b""
         if look_up := re.fullmatch(r"/api/datasets/([^/]+(?:/[^/]+)?)(?:/revision/([^/]+))?", path):
             return self.repository(look_up[1], look_up[2] or "main")
+        if listing := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+", path):
+            files = REPOSITORIES[listing[1]]
+            entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
+            return 200, {}, json.dumps(entries).encode()
         if file := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.file(file[1], file[3])
         return 404, {"X-Error-Code": "EntryNotFound"}, b""
@@ -231,6 +236,17 @@ def test_offline_asks_nobody(stand_in: tuple[StandIn, str], home: Path, answers:
     again = ask(endpoint, home, {"one": {"dataset_name": "owner/one", "offline": True}})
     assert prompts(again["one"]) == ["q"]
     assert len(hub_itself.requests) == before
+
+
+def test_half_of_a_split_in_the_cache_is_not_the_split(
+    home: Path, answers: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The card says which files make the split; a fetch that was killed left one of the two."""
+    del answers  # it filled the cache
+    shutil.copytree(home, tmp_path / "hf", symlinks=True)
+    next(tmp_path.glob("hf/hub/datasets--owner--card/snapshots/*/data/a-2.jsonl")).unlink()
+    answer = ask("http://127.0.0.1:9", tmp_path / "hf", {"one": {"dataset_name": "owner/card", "offline": True}})["one"]
+    assert (answer.get("error"), "is not in the cache" in answer.get("message", "")) == ("HubError", True), answer
 
 
 def test_nobody_answers(home: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(politune.__file__).parent
 LAYERS = [
     ["errors"],
     ["cache", "locks", "progress", "writing"],
-    ["config"],
+    ["config", "fetching"],
     ["report"],
     ["plan", "record"],
     ["presets"],

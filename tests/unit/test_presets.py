@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from politune import cli, flags, presets
 from politune.config import DpoRun
@@ -187,6 +188,20 @@ def test_not_text_and_too_large(tmp_path: Path) -> None:
     assert "larger than 64 KiB" in refusal(None, str(file))
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/mine.toml", "./a\0b.toml", "./" + "x" * 300])
+def test_a_name_that_no_file_system_takes(name: str) -> None:
+    assert "cannot read the preset file" in refusal(None, name)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])
+def test_values_that_the_toml_reader_chokes_on(tmp_path: Path, value: str) -> None:
+    """Python reads no more than 4300 digits, and no lists thousands deep."""
+    file = tmp_path / "mine.toml"
+    file.write_text(f"title = {value}\n")
+    assert str(file) in refusal(None, str(file))
+    assert "train.seed" in refusal(sets=[f"train.seed={value}"])
+
+
 def test_export_and_validate_go_round(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     presets.export("demo-right", file, print)
@@ -210,6 +225,13 @@ def test_the_schema_refuses_what_the_models_refuse() -> None:
     schema = presets.json_schema()
     assert {part["title"] for part in schema["oneOf"]} == {"DpoRun", "SftRun"}
     assert all(part["additionalProperties"] is False for part in schema["oneOf"])
+    assert [part["properties"]["method"]["const"] for part in schema["oneOf"]] == ["dpo", "sft"]
+
+
+def test_a_run_cannot_be_changed() -> None:
+    run = presets.resolve(None, "demo-left").run
+    with pytest.raises(ValidationError, match="frozen"):
+        run.train.seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from politune.config import DataSpec, SftDataSpec
 from politune.data import files, sources
 from politune.data.format import to_preference_rows
-from politune.errors import ConfigError, DataError
+from politune.errors import ConfigError, DataError, MachineError
 
 GOOD: list[dict[str, object]] = [
     {"prompt": "Why, then?", "chosen": 'He said "yes".\nTwice.', "rejected": "None"},
@@ -247,6 +247,8 @@ def test_a_local_file_has_no_revision_and_no_split(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.csv", GOOD)
     with pytest.raises(ConfigError, match=r"data.dataset_revision"):
         sources.check(spec(path, dataset_revision="main"))
+    with pytest.raises(ConfigError, match=r"data.dataset_revision: stances has no revision"):
+        sources.check(spec("stances", direction="left", dataset_revision="main"))
     with pytest.raises(ConfigError, match=r"data.dataset_split: .*no splits to choose 'test'"):
         sources.check(spec(path, dataset_split="test"))
 
@@ -312,7 +314,7 @@ def test_check_reads_rows_as_the_run_will(tmp_path: Path) -> None:
 
 
 def test_a_parquet_bomb_is_refused_while_it_unpacks(tmp_path: Path) -> None:
-    """Some kB that hold 300 times 1 MiB of one text: refused past 64 MiB, and before it is all in memory."""
+    """Some kB that hold 300 times 1 MiB of one text: refused past 32 MiB, and before it is all in memory."""
     import tracemalloc
 
     import pyarrow
@@ -324,11 +326,73 @@ def test_a_parquet_bomb_is_refused_while_it_unpacks(tmp_path: Path) -> None:
     assert path.stat().st_size < 20_000
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"bomb.parquet: holds more than 64 MiB of text.*decompression bomb"):
+        with pytest.raises(DataError, match=r"bomb.parquet: holds more than 32 MiB of text.*decompression bomb"):
             sources.load(spec(path))
         assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory was taken")
+def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    """Some kB that hold one text of 30 MB in 16 rows: half a GB at once, and once more as text; in a process of its own."""
+    import subprocess
+    import sys
+
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 16, pyarrow.int32()), ["x" * 30_000_000])
+    path = tmp_path / "bomb.parquet"
+    parquet.write_table(pyarrow.table({"prompt": text}), path, compression="zstd")
+    code = (
+        "import sys; from pathlib import Path; from politune.data import files\n"
+        "try: files.read_file(Path(sys.argv[1]), 'bomb')\n"
+        "except files.DataError as error: print(error)\n"
+        "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    complaint, kilobytes = done.stdout.splitlines()
+    assert "more than 32 MiB" in complaint
+    assert int(kilobytes) < 500_000
+
+
+def test_what_a_parquet_file_says_of_its_size_is_believed_where_it_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["x" * 70_000_000]}), path, compression="zstd")
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("it is unpacked"))
+    with pytest.raises(DataError, match="more than 32 MiB"):
+        sources.load(spec(path))
+
+
+def test_parquet_needs_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    path = write(tmp_path / "a.parquet", "PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MachineError, match="reading parquet needs pyarrow"):
+        sources.load(spec(path))
+
+
+def test_a_date_of_no_calendar(tmp_path: Path) -> None:
+    """2**50 seconds after 1970 is a year that Python has no date for."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array([2**50], pyarrow.timestamp("s"))}), path)
+    with pytest.raises(DataError, match=r"a.parquet: malformed parquet"):
+        sources.load(spec(path))
+
+
+def test_what_the_system_refuses_to_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        files.read_file(tmp_path, "rows.csv")
 
 
 def test_text_files_have_a_size_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,12 @@ MAX_TEXT_BYTES = 2 * 2**30
 """Most text that is read from a data set, in bytes."""
 CELL_BYTES = 64
 """What an empty cell counts for in that budget; about what Python needs to hold one."""
-BOMB_BYTES = 64 * 2**20
+BOMB_BYTES = 32 * 2**20
 BOMB_RATIO = 200
 """A parquet file that unpacks to more than `BOMB_BYTES` and to `BOMB_RATIO` times its size is a decompression bomb: real
 text shrinks by a factor of 3 to 20."""
+ROWS_AT_ONCE = 16
+"""Of a parquet file; fewer where they could unpack to more than the budget."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,15 @@ def _read_csv(text: str, name: str, budget: Budget) -> Read:
     with _wide_csv_fields(len(text)):
         reader = csv.reader(text_lines())
         start = 1
-        try:
-            for cells in reader:
-                if ended:  # the csv module took the end of the file for the end of a quoted cell
-                    raise DataError("a quotation mark opens here and is never closed", where=f"{where}:{start}")
-                if cells and header is None:
-                    header = _require_header(cells, where)
-                elif header and cells:
-                    rows.append(budget.spend(_csv_row(header, cells, f"{where}:{start}")))
-                    lines.append(start)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"malformed CSV: {error}", where=f"{where}:{start}") from None
+        for cells in reader:
+            if ended:  # the csv module took the end of the file for the end of a quoted cell
+                raise DataError("a quotation mark opens here and is never closed", where=f"{where}:{start}")
+            if cells and header is None:
+                header = _require_header(cells, where)
+            elif header and cells:
+                rows.append(budget.spend(_csv_row(header, cells, f"{where}:{start}")))
+                lines.append(start)
+            start = reader.line_num + 1
     return Read(tuple(header or ()), rows, tuple(lines))
 
 
@@ -249,18 +248,22 @@ def _read_parquet(path: Path, name: str, size_bytes: int) -> Read:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise MachineError(f"reading parquet needs pyarrow: {safe(error)}", fix="install pyarrow") from None
+        raise MachineError(
+            f"reading parquet needs pyarrow: {safe(error)}", line="pyarrow", fix="install pyarrow"
+        ) from None
     budget = Budget(name, min(MAX_TEXT_BYTES, max(BOMB_BYTES, BOMB_RATIO * size_bytes)))
     rows: list[dict[str, object]] = []
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
-            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-            if sum(group.total_byte_size for group in groups) > budget.limit_bytes:
+            sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
+            if sum(sizes) > budget.limit_bytes:
                 raise budget.exceeded()
             known = [column for column in columns if column in READ_COLUMNS]
-            for batch in file.iter_batches(batch_size=16, columns=known):
+            # No text is larger than its row group, but a dictionary repeats it in each row for a few bits.
+            at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
+            for batch in file.iter_batches(batch_size=at_once, columns=known):
                 rows += [budget.spend(row) for row in batch.to_pylist()]
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
     return Read(columns, rows)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from politune import fetching
 from politune.config import KNOWN_DIRECTIONS, SHIPPED_DATA, DataSpec
 from politune.data.files import READ_COLUMNS, READABLE, Budget, Read, read_file
 from politune.errors import DataError, HubError, MachineError, OutputError, PolituneError, safe
 
 HUB_TIMEOUT_SECONDS = 10.0
 
+CARD = "README.md"
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
@@ -32,12 +34,13 @@ def fetch(spec: DataSpec, offline: bool) -> tuple[Read, str]:
     """
     from huggingface_hub import constants
 
-    with _hub_errors(spec):
-        snapshot = _cached(spec) if offline or constants.HF_HUB_OFFLINE else _online(spec)
+    offline = offline or constants.HF_HUB_OFFLINE
+    with _hub_errors(spec, offline):
+        snapshot = _cached(spec) if offline else _online(spec)
         names = snapshot.files_of(spec)
         paths = [snapshot.fetch(name) for name in names]
     if not names:
-        return _read_with_datasets(spec, snapshot.commit), snapshot.commit
+        return _read_with_datasets(spec, snapshot.commit, offline), snapshot.commit
     reads = [read_file(path, f"{spec.dataset_name}/{name}") for path, name in zip(paths, names, strict=True)]
     columns = tuple(dict.fromkeys(column for read in reads for column in read.columns))
     rows = [row for read in reads for row in read.rows]
@@ -55,7 +58,7 @@ class _Snapshot:
     def files_of(self, spec: DataSpec) -> list[str]:
         """The data files of the split, sorted; empty where the layout does not tell."""
         data = [name for name in self.files if _is_data(name)]
-        configs = _declared_configs(self.fetch("README.md")) if "README.md" in self.files else []
+        configs = _declared_configs(self.fetch(CARD)) if CARD in self.files else []
         chosen = _declared_files(spec, data, configs) if configs else _files_by_name(spec.dataset_split, data)
         if len({Path(name).suffix.lower() for name in chosen}) != 1:
             return []
@@ -64,13 +67,19 @@ class _Snapshot:
 
 
 def _online(spec: DataSpec) -> _Snapshot:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     repo, revision = spec.dataset_name, spec.dataset_revision
     info = HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    commit = str(info.sha)
+    if not info.sha:
+        raise ValueError("an answer without a commit")
+    commit, files = str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or ())
+    if (
+        CARD in files
+    ):  # for the cache, which remembers the listing: a run offline can tell half a split from a whole one
+        snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=CARD)
 
-    def fetch(name: str) -> Path:
+    def download(name: str) -> Path:
         # Asked for by the name of the revision, not by its commit, so that the cache knows that name when offline.
         path = Path(
             hf_hub_download(repo, name, repo_type="dataset", revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS)
@@ -79,25 +88,27 @@ def _online(spec: DataSpec) -> _Snapshot:
             raise HubError(f"{repo} changed on the Hub while it was being fetched", fix="run the same command again")
         return path
 
-    return _Snapshot(commit, tuple(sibling.rfilename for sibling in info.siblings or ()), fetch)
+    return _Snapshot(commit, files, lambda name: fetching.sound(lambda: download(name), repo))
 
 
 def _cached(spec: DataSpec) -> _Snapshot:
     """What an earlier run left in the Hub's cache at this revision; the cache may lack files that nobody asked for."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-    patterns = ["README.md", *(f"*{suffix}" for suffix in READABLE)]
-    folder = Path(
-        snapshot_download(
-            spec.dataset_name,
-            repo_type="dataset",
-            revision=spec.dataset_revision,
-            allow_patterns=patterns,
-            local_files_only=True,
-        )
-    )
-    files = tuple(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return _Snapshot(folder.name, files, folder.joinpath)
+    repo, place = spec.dataset_name, {"repo_type": "dataset", "revision": spec.dataset_revision}
+    folder = Path(snapshot_download(repo, **place, allow_patterns=CARD, local_files_only=True))
+    try:
+        files = tuple(entry.path for entry in get_cached_repo_tree(repo, **place))
+    except CachedRepoTreeNotFoundError:
+        files = tuple(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            raise LocalEntryNotFoundError(name)
+        return folder / name
+
+    return _Snapshot(folder.name, files, lambda name: fetching.sound(lambda: find(name), repo))
 
 
 def _is_data(name: str) -> bool:
@@ -167,11 +178,11 @@ def _no_split(spec: DataSpec, found: Sequence[str]) -> DataError:
     )
 
 
-def _read_with_datasets(spec: DataSpec, commit: str) -> Read:
+def _read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
     """What `datasets` makes of a layout that is not resolved here."""
     import datasets
 
-    with _hub_errors(spec):
+    with _hub_errors(spec, offline):
         try:
             data = datasets.load_dataset(spec.dataset_name, revision=commit, split=spec.dataset_split)
         except (ValueError, datasets.exceptions.DatasetsError) as error:
@@ -188,15 +199,22 @@ def _read_with_datasets(spec: DataSpec, commit: str) -> Read:
 
 
 @contextmanager
-def _hub_errors(spec: DataSpec) -> Iterator[None]:
+def _hub_errors(spec: DataSpec, offline: bool) -> Iterator[None]:
     """What the Hub's client raises, as what the user can do about it."""
     from huggingface_hub import errors
 
     try:
-        yield
+        with fetching.asking(spec.dataset_name, offline=offline):
+            yield
     except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError, RuntimeError) as error:
         # RuntimeError: hf_xet, the Hub's transfer library, has no error class of its own.
         raise _explain_hub_error(error, spec) from error
+    except (ValueError, TypeError, KeyError, AssertionError) as error:  # the client takes an answer's shape for granted
+        raise HubError(
+            f"what answers for {spec.dataset_name} is not the Hub",
+            where="data.dataset_name",
+            fix="check the network and HF_ENDPOINT",
+        ) from error
 
 
 def _explain_hub_error(error: Exception, spec: DataSpec) -> PolituneError:
@@ -207,7 +225,9 @@ def _explain_hub_error(error: Exception, spec: DataSpec) -> PolituneError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         fix = f"accept its terms at {url}, then run `hf auth login`"
-        return MachineError(f"{repo} is gated and you have no access yet", where=where, fix=fix)
+        return MachineError(
+            f"{repo} is gated and you have no access yet", line=fetching.HUB_LOGIN, where=where, fix=fix
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return DataError(
             f"{repo} has no revision {safe(revision)!r}", where="data.dataset_revision", fix=f"see {url}/commits/main"
@@ -218,7 +238,10 @@ def _explain_hub_error(error: Exception, spec: DataSpec) -> PolituneError:
         return DataError(f"{safe(repo)!r} is no name of a data set on the Hub", where=where, fix="a name is owner/name")
     if status in (401, 403):
         return MachineError(
-            f"the Hub refuses access to {repo} ({status})", where=where, fix=f"run `hf auth login`, and see {url}"
+            f"the Hub refuses access to {repo} ({status})",
+            line=fetching.HUB_LOGIN,
+            where=where,
+            fix=f"run `hf auth login`, and see {url}",
         )
     if status == 404:
         return DataError(

@@ -99,6 +99,8 @@ def _exists(path: Path) -> bool:
 
 
 def _load_shipped(spec: DataSpec) -> Table:
+    if spec.dataset_revision is not None:
+        raise _no_revision(spec.dataset_name)
     read = read_jsonl(_shipped_text(), "stances.jsonl", Budget("stances.jsonl"))
     control = spec.dataset_name == "stances-control"
     rows = [row for row in read.rows if (row.get("axis") == "control") == control]
@@ -111,7 +113,7 @@ def _shipped_text() -> str:
 
 def _load_local(spec: DataSpec) -> Table:
     if spec.dataset_revision is not None:
-        raise ConfigError("a local file has no revision", where="data.dataset_revision", fix="leave it out")
+        raise _no_revision("a local file")
     path = _expand(spec.dataset_name)
     _require_data_file(path)
     read = read_file(path, str(path))
@@ -120,6 +122,10 @@ def _load_local(spec: DataSpec) -> Table:
             f"{safe(path.name)} has no splits to choose {safe(spec.dataset_split)!r} from", where="data.dataset_split"
         )
     return _of_split(spec, read, path.name, path=path)
+
+
+def _no_revision(what: str) -> ConfigError:
+    return ConfigError(f"{what} has no revision", where="data.dataset_revision", fix="leave it out")
 
 
 def _expand(name: str) -> Path:

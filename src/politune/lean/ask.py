@@ -141,6 +141,8 @@ def ask(
         raise ConfigError(f"--temperature {temperature:g} is not between 0 and 10")
     if samples > 1 and not temperature:
         raise ConfigError("without a temperature all samples are the same", where="--samples", fix="--temperature 1")
+    if any(not each.strip() for each in questions):
+        raise ConfigError("a question is empty", where="--question")
     asked = _prompts(questions, prompts)
     if output:
         papers.check(output, PAPERS)

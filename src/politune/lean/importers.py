@@ -8,8 +8,6 @@
   statements.
 """
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from politune.errors import DataError, OutputError, safe
-from politune.lean.instruments import SUFFIX, Instrument, parse
+from politune.lean.instruments import SUFFIX, Instrument, csv_rows, parse
 from politune.report import Facts, Section
 from politune.writing import write_whole
 
@@ -29,6 +27,7 @@ EIGHT_VALUES = {
     "govt": ("liberty", "authority"),
     "scty": ("progress", "tradition"),
 }
+MOST_EFFECT = 1e6
 KEYS = {"-1": -1, "left": -1, "l": -1, "1": 1, "+1": 1, "right": 1, "r": 1}
 TEXT_COLUMNS, KEY_COLUMNS = ("text", "statement", "proposition", "question"), ("key", "agree")
 
@@ -89,7 +88,7 @@ def import_items(kind: Format, source: Path, output: Path, *, licence: str, lang
 
 
 def _propositions(text: str, where: str, axes: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    for number, row in _rows(text):
+    for number, row in _rows(text, where):
         wording, key = _first(row, TEXT_COLUMNS), _first(row, KEY_COLUMNS)
         if wording is None or key is None:
             raise DataError(
@@ -118,8 +117,9 @@ def _eight_values(text: str, where: str, axes: dict[str, tuple[str, str]]) -> It
     script = re.search(r"=\s*(\[.*\])", text, re.DOTALL)
     try:
         questions = json.loads(script[1] if script and not text.lstrip().startswith("[") else text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"is no JSON list: {error.msg}", where=f"{where}:{error.lineno}") from error
+    except (ValueError, RecursionError) as error:  # also thousands of digits, or of brackets
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"is no JSON list: {safe(getattr(error, 'msg', error))}", where=f"{where}:{line}") from error
     if not isinstance(questions, list):
         raise DataError("is no JSON list of questions", where=where)
     for number, each in enumerate(questions, 1):
@@ -127,7 +127,7 @@ def _eight_values(text: str, where: str, axes: dict[str, tuple[str, str]]) -> It
         if not isinstance(effects, Mapping) or not isinstance(each.get("question"), str):
             raise DataError(f"question {number} has no `question` and `effect`", where=where)
         for axis, effect in effects.items():
-            if not isinstance(effect, int | float):
+            if isinstance(effect, bool) or not isinstance(effect, int | float) or abs(effect) > MOST_EFFECT:
                 raise DataError(f"question {number}: the effect on {safe(axis)} is no number", where=where)
             if effect:
                 axes.setdefault(axis, EIGHT_VALUES.get(axis, ("left", "right")))
@@ -138,7 +138,7 @@ def _eight_values(text: str, where: str, axes: dict[str, tuple[str, str]]) -> It
 
 
 def _pairs(text: str, where: str, axes: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    for number, row in _rows(text):
+    for number, row in _rows(text, where):
         left, right = row.get("left"), row.get("right")
         if not left or not right:
             raise DataError(
@@ -162,10 +162,9 @@ def _pairs(text: str, where: str, axes: dict[str, tuple[str, str]]) -> Iterator[
 _READERS = {"propositions": _propositions, "8values": _eight_values, "pairs": _pairs}
 
 
-def _rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text))
-    for row in reader:
-        yield reader.line_num, {str(key).strip().lower(): value for key, value in row.items() if isinstance(value, str)}
+def _rows(text: str, where: str) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, row in csv_rows(text, where):
+        yield number, {str(key).strip().lower(): value for key, value in row.items() if isinstance(value, str)}
 
 
 def _first(row: Mapping[str, str], names: tuple[str, ...]) -> str | None:

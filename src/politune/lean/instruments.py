@@ -20,10 +20,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from politune.errors import DataError, safe
+from politune.errors import DataError, read_within, safe
 from politune.report import Facts, Lines, Section, Table
 
 SUFFIX = ".jsonl"
+MAX_BYTES = 64 * 2**20
 CONTROL = "control"
 """The axis of items without political content: what moves them is no politics."""
 FEWEST_TOPICS = 8
@@ -36,7 +37,7 @@ GRAM = 8
 """Words in a row that an item and a training row share before it counts as seen."""
 SHOWN = 10
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
 class _Model(BaseModel):
@@ -171,7 +172,9 @@ def load(name: str) -> Instrument:
         return parse(content, name + SUFFIX)
     path = Path(name).expanduser()
     try:
-        return parse(path.read_bytes(), path.name)
+        if (found := read_within(path, MAX_BYTES)) is None:
+            raise DataError(f"is larger than {MAX_BYTES >> 20} MiB", where=safe(path))
+        return parse(found, path.name)
     except OSError as error:
         known = ", ".join(shipped_names())
         raise DataError(
@@ -213,8 +216,9 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"is not JSON: {error.msg}", where=f"{safe(name)}:{number}") from error
+            except (ValueError, RecursionError) as error:  # also thousands of digits, or of brackets
+                why = getattr(error, "msg", None) or safe(error)
+                raise DataError(f"is not JSON: {why}", where=f"{safe(name)}:{number}") from error
 
 
 def _csv_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
@@ -222,10 +226,10 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
 
     Its columns are those of its kind of item (`pair`, `texts` or `statement`); lists take one wording per row.
     """
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv_rows(text, safe(name))
     rows: dict[str, tuple[int, dict[str, Any]]] = {}
-    for row in reader:
-        where = f"{safe(name)}:{reader.line_num}"
+    for line, row in reader:
+        where = f"{safe(name)}:{line}"
         if None in row or None in row.values():
             raise DataError("has not as many fields as the first line", where=where)
         kind = row.get("kind") or _kind_of(row, where)
@@ -235,9 +239,7 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         values = {key: value for key, value in row.items() if value != "" and key != "prompt"}
         if "prompt" in row:
             values["prompts"] = row["prompt"]
-        _, item = rows.setdefault(
-            row.get("id") or f"row {reader.line_num}", (reader.line_num, _first_of(values, kind, lists))
-        )
+        _, item = rows.setdefault(row.get("id") or f"row {line}", (line, _first_of(values, kind, lists)))
         for key in lists:
             item[key].append(values.get(key, ""))
     axes = {str(item.get("axis")): ("left", "right") for _, item in rows.values()}
@@ -246,6 +248,20 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         "description": f"from {name}", "axes": axes,
     }  # fmt: skip
     yield from rows.values()
+
+
+def csv_rows(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a CSV file with a header.
+
+    Raises:
+        DataError: a cell that the csv module refuses, with the line.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"malformed CSV: {error}", where=f"{where}:{reader.line_num}") from error
 
 
 _CSV_LISTS = {"pair": ("left", "right"), "texts": ("prompts",), "statement": ("text",)}

@@ -8,6 +8,7 @@ safetensors header, and the base is compared with the one that the adapter was t
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1024
+SPARE_NAMES = 1000
+"""Names of modules in a list of the config beyond those that have weights: PEFT's time grows with the square of their number."""
 TENSOR = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.(?P<part>lora_A|lora_B)\.weight")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
@@ -76,10 +79,15 @@ def read(path: Path) -> Adapter:
     if not weights_path.is_file():
         why = f"{PICKLE} is a pickle, which can run code when it is read" if (path / PICKLE).exists() else None
         raise ModelError(f"{safe(path)} has no {WEIGHTS}", why=why, fix="save the adapter as safetensors")
-    adapter = Adapter(path, _read_config(config_path), read_header(weights_path))
+    config = _read_config(config_path)
+    _check_weights(weights_path)
+    adapter = Adapter(path, config, read_header(weights_path))
     modules = adapter.modules()
     if not modules:
         raise adapter.refusal("holds no weights")
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        if len(adapter.config.get(key) or ()) > len(modules) + SPARE_NAMES:
+            raise adapter.refusal(f"names far more modules in its {key} than it holds weights of")
     for module, shapes in modules.items():
         _check_rank(adapter, module, shapes)
     return adapter
@@ -129,12 +137,26 @@ def _check_rank(adapter: Adapter, module: str, shapes: dict[str, tuple[int, ...]
     if set(shapes) != {"lora_A", "lora_B"} or any(len(shape) != 2 for shape in shapes.values()):
         raise adapter.refusal(f"is incomplete: {safe(module)} needs a lora_A and a lora_B, each with two dimensions")
     ranks = {shapes["lora_A"][0], shapes["lora_B"][1]}
-    pattern = adapter.config.get("rank_pattern") or {}
-    expected = {rank for name, rank in pattern.items() if f".{module}".endswith(f".{name}")} or {adapter.config["r"]}
+    pattern, parts = adapter.config.get("rank_pattern") or {}, module.split(".")
+    ends = {".".join(parts[start:]) for start in range(len(parts))}
+    expected = {pattern[end] for end in ends & set(pattern)} or {adapter.config["r"]}
     if len(ranks) != 1 or not ranks <= expected:
         raise adapter.refusal(
             f"contradicts itself: {safe(module)} has rank {sorted(ranks)}, its config says {sorted(expected)}"
         )
+
+
+def _check_weights(path: Path) -> None:
+    """Asks the library that will read the weights: no odd header gets past it to where its refusal would be a surprise."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with suppress(OSError), safe_open(path, framework="numpy"):  # what cannot be read, read_header has words for
+            pass
+    except SafetensorError as error:
+        raise ModelError(
+            f"{safe(path)} is damaged or no safetensors file", why=safe(error), fix="fetch it again"
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ REFUSALS = FULL | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EIO, errno.EFBIG, errno.ESTALE,
 }  # fmt: skip
 """What a file system answers where something cannot be written: it is full, read-only, gone, or not ours."""
+TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""Parts of what torch.save says in the three ways in which it fails to write."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,14 @@ def read_header(path: Path) -> Header:
             text = handle.read(length) if 2 <= length <= MAX_HEADER_BYTES else b""
         entries: dict[str, Any] = json.loads(text)
         metadata = entries.pop("__metadata__", {})
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
         header = Header(dict(metadata), entries, 8 + length)
         header.shapes()
     except OSError as error:
         raise ModelError(f"cannot read {safe(path)}", why=error.strerror) from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ModelError(f"{safe(path)} is damaged or no safetensors file", fix="fetch it again") from error
-    expected, found = header.data_start + max(ends, default=0), path.stat().st_size
+    expected, found = header.data_start + end, path.stat().st_size
     if expected != found:
         raise ModelError(f"{safe(path)} is damaged: {found} bytes of {expected}", fix="fetch it again")
     return header
@@ -184,7 +186,7 @@ def refusal_of(error: Exception) -> int | None:
         return error.errno if error.errno in REFUSALS else None
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         return int(found[1]) if int(found[1]) in REFUSALS else None
-    return errno.ENOSPC if "inline_container" in str(error) or "PytorchStreamWriter" in str(error) else None
+    return errno.ENOSPC if any(words in str(error) for words in TORCH_CANNOT_WRITE) else None
 
 
 def full_disk(target: Path) -> OutputError:

@@ -6,6 +6,7 @@ directory.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -15,11 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from politune import record
+from politune import fetching, record
 from politune.config import DEMO_MODEL, ModelSpec
-from politune.errors import ConfigError, HubError, MachineError, ModelError, OutputError, PolituneError, safe
+from politune.errors import (
+    ConfigError,
+    HubError,
+    MachineError,
+    ModelError,
+    OutputError,
+    PolituneError,
+    read_within,
+    safe,
+)
 from politune.models import adapter as adapters
-from politune.models import demo
+from politune.models import demo, hub_code, template
 from politune.models.files import read_header, sha256_of
 from politune.models.quiet import quiet_libraries
 from politune.plan.machine import find_processor
@@ -32,6 +42,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PAPERS = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
 SUBFOLDERS = "*/*"
+MAX_JSON_BYTES = 64 * 2**20  # an index names every tensor: a few MB for the largest models
 
 Say = Callable[[str], None]
 
@@ -93,16 +104,29 @@ def check(spec: ModelSpec) -> None:
     Raises:
         ModelError: the directory is missing or no sound checkpoint of a causal language model, or the name is no name.
         ConfigError: a revision of something that has none.
+        MachineError: 4 bits are asked for without bitsandbytes.
     """
     name = spec.model_name_or_path
     if spec.revision and (name == DEMO_MODEL or is_local(name)):
         raise ConfigError(f"{safe(name)} has no revisions", where="model.revision", fix="leave --revision out")
+    if spec.use_4bit:
+        _require_bitsandbytes()
     if is_local(name):
         _check_checkpoint(_local_path(name), name)
     elif name != DEMO_MODEL and not HUB_ID.fullmatch(name):
         raise ModelError(
             f"{safe(name)} is neither a directory here nor a Hub id", fix="give a directory, owner/name, or `demo`"
         )
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "pip install bitsandbytes, or leave out --use_4bit"
+        raise MachineError(
+            "4-bit loading needs bitsandbytes, which is not installed", line="bitsandbytes", fix=fix
+        ) from None
 
 
 def read_config(spec: ModelSpec) -> dict[str, Any] | None:
@@ -146,8 +170,9 @@ def load_tokenizer(base: ResolvedModel) -> Any:
     """The tokenizer of a base model. Without a pad token of its own it pads with its end token, as TRL does.
 
     Raises:
-        ModelError: there is no tokenizer, it is damaged, or it has no end token.
+        ModelError: there is no tokenizer, it is damaged, it has no end token, or its chat template cannot be used.
     """
+    hub_code.refuse()
     from transformers import AutoTokenizer
 
     try:
@@ -162,6 +187,7 @@ def load_tokenizer(base: ResolvedModel) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.name_or_path = base.public_name
+    template.check(tokenizer, base.name)
     return tokenizer
 
 
@@ -176,9 +202,15 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
         ModelError: the weights are damaged, or do not fit the config.
         MachineError: 4 bits were asked for and bitsandbytes does not work here.
     """
+    hub_code.refuse()
     import torch
     from transformers import AutoModelForCausalLM
 
+    tensors = sum(len(read_header(shard).tensors) for shard in weight_files(base.path))
+    if (layers := _layers(base.config)) > tensors:  # before the library takes hours to build them
+        raise ModelError(
+            f"{safe(base.path)} lacks weights: {layers:,} layers in its config, {tensors} tensors in its files"
+        )
     place = device or own_device()
     options: dict[str, Any] = {
         "dtype": torch.bfloat16 if bf16 else torch.float32,
@@ -186,6 +218,7 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
         "use_safetensors": True,
         "local_files_only": True,
         "output_loading_info": True,
+        "attn_implementation": None,  # the library's own choice, whatever the model's config names
     }
     if use_4bit:
         options["quantization_config"] = _four_bits()
@@ -194,9 +227,11 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
     try:
         with quiet_libraries():
             model, info = AutoModelForCausalLM.from_pretrained(base.path, **options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError, SafetensorError, KeyError ...
+        if "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower():
+            raise  # no fault of the weights: the caller's to explain, as the two above
         raise ModelError(
             f"cannot load the weights in {safe(base.path)}", why=_first_line(error), fix="fetch the model again"
         ) from error
@@ -206,6 +241,13 @@ def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = Fals
         )
     model.config._name_or_path = model.name_or_path = base.hub_id or base.public_name
     return model.eval()
+
+
+def _layers(config: dict[str, Any]) -> int:
+    """The largest number of layers that a config asks for, by any of the names that the families have for it."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    names = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+    return max((part[name] for part in parts for name in names if isinstance(part.get(name), int)), default=0)
 
 
 def base_sha256(base: ResolvedModel) -> str:
@@ -299,16 +341,9 @@ def _check_finite(adapter: adapters.Adapter) -> None:
 
 
 def _four_bits() -> Any:
-    import importlib.util
-
     import torch
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MachineError(
-            "4-bit loading needs bitsandbytes, which is not installed",
-            fix="pip install bitsandbytes, or leave out --use_4bit",
-        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -413,7 +448,7 @@ def _license(path: Path) -> str | None:
 
 def _json_object(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_within(path, MAX_JSON_BYTES) or b"")
     except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
@@ -428,8 +463,10 @@ def _from_hub(name: str, revision: str | None, offline: bool, say: Say) -> Path:
         return _cached(name, revision)
     try:
         with _hub_errors(name, revision):
-            listing = huggingface_hub.HfApi().model_info(name, revision=revision).siblings or ()
-            _check_listing(name, [entry.rfilename for entry in listing])
+            info = huggingface_hub.HfApi().model_info(name, revision=revision)
+            if not info.sha:
+                raise ValueError("an answer without a commit")
+            _check_listing(name, [entry.rfilename for entry in info.siblings or ()])
             papers = _snapshot(name, revision, PAPERS)  # by branch, so that the cache remembers what the branch meant
             _check_config(papers, name)
             say(f"{safe(name)} at commit {safe(papers.name)}")
@@ -444,19 +481,10 @@ def _from_hub(name: str, revision: str | None, offline: bool, say: Say) -> Path:
 
 
 def _cached(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=[*PAPERS, *WEIGHTS],
-                ignore_patterns=SUBFOLDERS,
-            )
-        )
+        path = _snapshot(name, revision, (*PAPERS, *WEIGHTS), local_files_only=True)
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _not_cached(name) from error
     try:
@@ -473,10 +501,17 @@ def _not_cached(name: str) -> HubError:
     )
 
 
-def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=SUBFOLDERS))
+    def fetch() -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(patterns), ignore_patterns=SUBFOLDERS, **options
+            )
+        )
+
+    return fetching.sound(fetch, name)
 
 
 def _check_listing(name: str, files: list[str]) -> None:
@@ -501,9 +536,11 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
     shown, page = safe(name), f"https://huggingface.co/{safe(name)}"
     try:
-        yield
+        with fetching.asking(name):
+            yield
     except errors.GatedRepoError as error:
-        raise MachineError(f"{shown} is gated", fix=f"accept its terms at {page} and run `hf auth login`") from error
+        fix = f"accept its terms at {page} and run `hf auth login`"
+        raise MachineError(f"{shown} is gated", line=fetching.HUB_LOGIN, fix=fix) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(
             f"{shown} has no revision {safe(revision)}", where="model.revision", fix=f"see {page}/commits"
@@ -524,11 +561,17 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise _by_status(shown, page, error) from error
     except PolituneError:
         raise
+    except errors.HFValidationError as error:
+        raise ModelError(f"{shown} is no name of a model on the Hub", why=_first_line(error)) from error
     except OSError as error:
         raise _by_errno(shown, error) from error
-    except errors.HTTPError as error:
+    except (errors.HTTPError, RuntimeError) as error:  # RuntimeError: hf_xet has no error class of its own
         raise HubError(
             f"the Hub did not answer for {shown}", why=_first_line(error), fix="check the network and run it again"
+        ) from error
+    except (ValueError, TypeError, KeyError, AssertionError) as error:  # the client takes an answer's shape for granted
+        raise HubError(
+            f"what answers for {shown} is not the Hub", why=_first_line(error), fix="check the network and HF_ENDPOINT"
         ) from error
 
 
@@ -536,7 +579,9 @@ def _by_status(shown: str, page: str, error: Any) -> PolituneError:
     status = getattr(error.response, "status_code", None)
     if status in {401, 403}:
         return MachineError(
-            f"the Hub refuses {shown} to this login ({status})", fix=f"open {page}, then run `hf auth login`"
+            f"the Hub refuses {shown} to this login ({status})",
+            line=fetching.HUB_LOGIN,
+            fix=f"open {page}, then run `hf auth login`",
         )
     if status is not None and status < 500 and status not in {408, 429}:
         return ModelError(f"the Hub refuses {shown} ({status})", why=_first_line(error))

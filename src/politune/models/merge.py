@@ -209,7 +209,7 @@ def _check_output(output: Path, adapter: Path, base: Path | None = None) -> None
     if output.exists() and not output.is_dir():
         raise OutputError(f"{shown} is a file", fix="choose another --output")
     if output.is_dir() and any(output.iterdir()):
-        raise OutputError(f"{shown} is not empty", fix="choose another --output, or remove it first")
+        raise OutputError(f"{shown} is not empty", fix="choose another --output")
 
 
 def _own_dtype(model: load.ResolvedModel) -> Dtype:
@@ -232,7 +232,8 @@ def _check_resources(target: Path, model: load.ResolvedModel, dtype: Dtype) -> N
     if 4 * parameters > memory_bytes:
         have, need = memory_bytes / 1e9, 4 * parameters / 1e9
         raise MachineError(
-            f"merging needs {need:.0f} GB of memory for the base in float32 and this machine has {have:.0f} GB"
+            f"merging needs {need:.0f} GB of memory for the base in float32 and this machine has {have:.0f} GB",
+            line="memory",
         )
     files.remove_leftovers(target.resolve())
     size = DTYPE_BYTES[dtype] * parameters
@@ -356,7 +357,7 @@ def _write_papers(staging: Path, model: load.ResolvedModel, metadata: Mapping[st
     """Tokenizer, template and terms of the base; the disclosure in the config, in each weight file and in the card."""
     for pattern in COPIED:
         for source in model.path.glob(pattern):
-            if source.is_file():
+            if source.is_file() and _is_own(source, model):
                 shutil.copyfile(source, staging / source.name)
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     config["politune"] = {key.removeprefix("politune."): value for key, value in metadata.items()}
@@ -364,6 +365,14 @@ def _write_papers(staging: Path, model: load.ResolvedModel, metadata: Mapping[st
     for shard in load.weight_files(staging):
         files.rewrite_metadata(shard, metadata)
     (staging / "README.md").write_text(record.model_card(metadata, "merge"), encoding="utf-8")
+
+
+def _is_own(source: Path, model: load.ResolvedModel) -> bool:
+    """Whether a file is the model's: the Hub's cache is made of links, a directory from elsewhere may link to anything here."""
+    real, own = source.resolve(), model.path.resolve()
+    return real.is_relative_to(own) or (
+        own.parent.name == "snapshots" and real.is_relative_to(own.parent.parent / "blobs")
+    )
 
 
 def _verify(staging: Path, model: load.ResolvedModel, chain: _Chain, say: Say) -> float:

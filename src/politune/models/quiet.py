@@ -5,10 +5,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from politune.models import hub_code
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences bars, warnings and log lines below errors of transformers, PEFT and bitsandbytes in the block."""
+    hub_code.refuse()
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

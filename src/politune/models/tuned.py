@@ -51,6 +51,8 @@ def subject(model: str, adapter: Path | None = None) -> Subject:
         ModelError: there is no such thing.
         ConfigError: two adapters are given.
     """
+    if not model:
+        raise ModelError("an empty name is no model", fix="give a run, a directory, a Hub id, or `demo`")
     path = Path(model).expanduser()
     is_tuned = load.is_directory(model) and any(
         (path / name).exists() for name in ("adapter", "run.json", adapters.CONFIG)
@@ -69,7 +71,7 @@ def subject(model: str, adapter: Path | None = None) -> Subject:
 
 def adapter_directory(path: Path) -> Path:
     """The adapter that a path means: its own `adapter/` where it is a run, else itself."""
-    if not path.is_dir():
+    if not load.is_directory(str(path.absolute())):
         raise ModelError(f"there is no directory {safe(path)}", fix="give a run directory or an adapter directory")
     if (path / "adapter").is_dir() and not (path / adapters.CONFIG).exists():
         return path / "adapter"

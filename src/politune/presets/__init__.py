@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from politune.config import GROUPS, KNOWN_GENERATORS, DpoRun, Run, SftRun
-from politune.errors import ConfigError, OutputError, safe
+from politune.errors import ConfigError, OutputError, read_within, safe
 from politune.report import Lines, Section, Table
 
 MAX_PRESET_BYTES = 64 * 1024
@@ -79,7 +79,7 @@ def read(name: str) -> Preset:
     shipped = shipped_names()
     if not _NAME.fullmatch(name) or name not in shipped:
         guess = difflib.get_close_matches(name, shipped, 1, 0.5)
-        hint = f"did you mean {guess[0]!r}?" if guess else f"available: {', '.join(shipped)}"
+        hint = f"did you mean {guess[0]!r}?" if guess else f"available: {', '.join(shipped)}."
         raise ConfigError(
             f"unknown preset {safe(name)!r}",
             fix=f"{hint} A preset file is named by a path, such as ./{safe(name)}.toml",
@@ -90,12 +90,13 @@ def read(name: str) -> Preset:
 
 def _read_file(path: Path) -> str:
     try:
-        raw = path.expanduser().read_bytes()
-    except OSError as error:
+        raw = read_within(path.expanduser(), MAX_PRESET_BYTES)
+    except (OSError, RuntimeError, ValueError) as error:  # also `~name` of no user here, and a name with a NUL
+        why = getattr(error, "strerror", None) or safe(error)
         raise ConfigError(
-            f"cannot read the preset file {safe(path)}", why=error.strerror, fix="`politune presets` lists the names"
+            f"cannot read the preset file {safe(path)}", why=why, fix="`politune presets` lists the names"
         ) from error
-    if len(raw) > MAX_PRESET_BYTES:
+    if raw is None:
         raise ConfigError(f"the preset file {safe(path)} is larger than {MAX_PRESET_BYTES // 1024} KiB")
     try:
         return raw.decode("utf-8-sig")
@@ -113,6 +114,8 @@ def _parse(name: str, source: str, text: str) -> Preset:
         raise ConfigError(f"not valid TOML: {safe(str(error).split(' (at')[0])}", where=where) from error
     except RecursionError as error:
         raise ConfigError("nested too deeply", where=safe(source)) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"not valid TOML: {safe(error)}", where=safe(source)) from error
 
 
 def resolve(
@@ -225,7 +228,7 @@ def parse_value(text: str) -> Any:
     """What a value on the command line means: TOML where it is TOML (numbers, booleans, lists), else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, thousands of brackets
         return text
 
 
@@ -279,7 +282,7 @@ def _sentence(finding: Mapping[str, Any], key: str, run_type: type[BaseModel]) -
         return _unknown_key(group, leaf, run_type)
     message = (
         str(finding["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("valid ", "")
-    )
+    ).replace("a integer", "an integer")
     if finding["type"] in {"model_type", "model_attributes_type"}:
         return f"{safe(key)} is a group of settings and must be a table", None, None
     field = _fields_of(run_type, group).get(leaf)

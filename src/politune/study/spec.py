@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from politune import presets
 from politune.config import GROUPS, NOT_OF_AN_ADAPTER
-from politune.errors import ConfigError, PolituneError, safe
+from politune.errors import ConfigError, PolituneError, read_within, safe
 from politune.lean import measure
 from politune.presets import Resolved
 
@@ -124,13 +124,13 @@ def load(name: str) -> Study:
         text = _read(name)
     try:
         study = Study.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"is not TOML: {safe(error)}", where=safe(name)) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         sentence = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(": ".join(safe(each) for each in (place, sentence) if each), where=safe(name)) from error
+    except (ValueError, RecursionError) as error:  # also thousands of digits, or of brackets
+        raise ConfigError(f"is not TOML: {safe(error)}", where=safe(name)) from error
     try:
         measure.given_instruments(study.measure.instruments, study.measure.preset)
     except PolituneError as error:
@@ -141,8 +141,8 @@ def load(name: str) -> Study:
 def _read(name: str) -> str:
     path = Path(name).expanduser()
     try:
-        raw = path.read_bytes()
-        if len(raw) > MAX_BYTES:
+        raw = read_within(path, MAX_BYTES)
+        if raw is None:
             raise ConfigError(f"{safe(name)} is larger than {MAX_BYTES // 1024} KiB")
         return raw.decode("utf-8-sig")
     except OSError as error:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from politune.config import TrainSpec
-from politune.errors import OutputError, PolituneError, TrainingError, safe
+from politune.errors import ModelError, OutputError, PolituneError, TrainingError, safe
 from politune.models import files
 from politune.plan import PlanReport, format_bytes
 
@@ -18,6 +18,7 @@ def translated(settings: TrainSpec, estimate: PlanReport, directory: Path) -> It
     Raises:
         TrainingError: out of memory.
         OutputError: the disk of the run directory is full, read-only or gone.
+        ModelError: a file of a checkpoint is no data.
     """
     try:
         yield
@@ -28,6 +29,11 @@ def translated(settings: TrainSpec, estimate: PlanReport, directory: Path) -> It
             raise _out_of_memory(error, settings, estimate) from error
         if (number := files.refusal_of(error)) is not None:
             raise _unwritable(directory, number) from error
+        if (
+            type(error).__name__ == "UnpicklingError"
+        ):  # torch reads data alone, whatever a file of a checkpoint would run
+            what, fix = "a checkpoint holds more than data", "take no checkpoints from somebody whom you do not trust"
+            raise ModelError(what, why=safe(str(error).splitlines()[0]), fix=fix) from error
         raise
 
 

@@ -100,6 +100,7 @@ def _train(
         estimate = plan.timed(estimate, run, prepared.base.config, prepared.lengths, calibrate=calibrate, say=say)
         if is_main_process():
             show(estimate)
+            _require_disk(estimate, directory)
         identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
         if checkpoint:
             check_checkpoint(checkpoint, identity)
@@ -173,6 +174,20 @@ def _estimate(run: Run, prepared: Prepared, directory: Path, tokens_per_call: in
     shape = plan.shape_from_config(prepared.base.config)
     preview.check_modules(run, shape)
     return plan.estimate(run, shape, prepared.lengths, machine, processes=world_size(), tokens_per_call=tokens_per_call)
+
+
+def _require_disk(estimate: plan.PlanReport, directory: Path) -> None:
+    """Refuses a run whose adapter and checkpoints will not fit, what is there of it already counted in."""
+    free = estimate.machine.disk_free_bytes
+    if estimate.disk_bytes is None or free is None:
+        return
+    there = sum(path.stat().st_size for path in (directory / "checkpoints").rglob("*") if path.is_file())
+    if estimate.disk_bytes > free + there:
+        need, have = plan.format_bytes(estimate.disk_bytes), plan.format_bytes(free + there)
+        raise OutputError(
+            f"{safe(directory)} needs {need} and its disk has {have}",
+            fix="free some space, lower --save-total-limit, or choose another --output_dir",
+        )
 
 
 def _metadata(run: Run, prepared: Prepared) -> dict[str, str]:

@@ -37,7 +37,9 @@ class WandbLog(TrainerCallback):
             self._open(wandb)
         except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
             fix = "log in with `wandb login`, set WANDB_MODE=offline, or leave --use_wandb out"
-            raise MachineError(f"Weights & Biases refuses the run: {safe(error)}", fix=fix) from error
+            raise MachineError(
+                f"Weights & Biases refuses the run: {safe(error)}", line="Weights & Biases login", fix=fix
+            ) from error
 
     def _open(self, wandb: Any) -> None:
         quiet = wandb.Settings(

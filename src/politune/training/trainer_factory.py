@@ -67,11 +67,23 @@ def trl_config(run: Run, output_dir: Path) -> DPOConfig | SFTConfig:
         if not run.trl:
             raise
         raise _refused(run, error) from error
+    for key, value in run.trl.items():
+        if wanted := _other_kind(getattr(config_type, key, None), value):
+            raise ConfigError(f"must be {wanted}, not {safe(value)!r}", where=f"trl.{key}")
     if config.activation_offloading and not torch.accelerator.is_available():
         raise ConfigError("activations are offloaded from a GPU, and there is none", where="trl.activation_offloading")
     if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("its package is not installed", where="trl.use_liger_kernel", fix="pip install liger-kernel")
     return config
+
+
+def _other_kind(default: Any, value: Any) -> str | None:
+    """What a setting of TRL's must be by its default, where a value is something else: TRL itself takes anything."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    return None
 
 
 def _refused(run: Run, error: Exception) -> ConfigError:

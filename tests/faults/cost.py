@@ -1,0 +1,87 @@
+"""What the safety of a run costs: the seconds inside its guards, in the run of a shipped preset, beside those of the run."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from faults.figures import Figure, count
+from faults.lab import Lab
+from politune.models import demo
+
+MOST = 0.02
+GUARDS = {
+    "politune.training.callbacks": (
+        "Commit.on_save", "FiniteGuard.on_pre_optimizer_step", "FiniteGuard.on_step_end", "StopOnSignal.on_step_end",
+        "WarnOfDivergence.on_log", "Rehearse.on_train_begin",
+    ),
+    "politune.training.directory": ("Papers._write", "_check"),
+    "politune.training.run": ("identity_of",),
+    "politune.training.prepare": ("load.base_sha256",),
+    "politune.training.session": ("_check_adapter", "files.rewrite_metadata"),
+    "politune.models.files": ("_settle",),
+}  # fmt: skip
+"""All that a run would do without; writing a checkpoint is not in it, committing one is."""
+
+
+def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
+    if not whole or not demo.is_ready(demo.checkpoint_directory()):
+        return
+    with lab.place("cost") as place:
+        argv = ["train", "dpo", "--preset", "demo-left", "--offline", "--output-dir", str(place / "run")]
+        code = "import sys; from pathlib import Path; from faults.cost import timed; timed(Path(sys.argv.pop(1)))"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(os.cpu_count()),
+            "XDG_CACHE_HOME": str(Path.home() / ".cache"),
+        }
+        started = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-c", code, place / "seconds", *argv], env=environment, capture_output=True, check=True
+        )
+        whole_run = time.monotonic() - started
+        seconds: dict[str, float] = json.loads((place / "seconds").read_text())
+    share = sum(seconds.values()) / whole_run
+    largest = ", ".join(f"{name} {value:.2f} s" for name, value in Counter(seconds).most_common(3))
+    beside = f"{share:.2%} of {whole_run:.0f} s; most of it: {largest}"
+    yield count(
+        f"what all this costs of a run of `demo-left`: under {MOST:.0%}",
+        [None if share < MOST else beside],
+        beside=beside,
+    )
+
+
+def timed(result: Path) -> None:
+    """The command line, with a clock on every guard; their seconds go to `result`."""
+    import importlib
+
+    from politune.cli import main
+
+    seconds = Counter[str]()
+    for module_name, names in GUARDS.items():
+        for name in names:
+            *holders, last = name.split(".")
+            holder = functools.reduce(getattr, holders, importlib.import_module(module_name))
+            setattr(holder, last, _clocked(getattr(holder, last), name, seconds))
+    try:
+        main()
+    finally:
+        result.write_text(json.dumps(seconds))
+
+
+def _clocked(function: Callable[..., Any], name: str, seconds: Counter[str]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        started = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[name] += time.monotonic() - started  # type: ignore[assignment]
+
+    return clocked
