@@ -310,6 +310,7 @@ def lay_out(place: Path, base: Path) -> None:
     run = place / "run"
     write_adapter(run / "adapter")
     _write(run / "run.json", json.dumps({"status": "done", "base": {"name": "models/whole"}}))
+    _write(place / "odd" / "measurement.json", '{"base": 3}')
     _write(place / "half" / "run.json", json.dumps({"status": "interrupted"}))
     (place / "link").symlink_to(place / "adapters" / "whole")
     (place / "held").mkdir()
@@ -747,6 +748,7 @@ COMMANDS: tuple[Case, ...] = (
     case("measure demo -o data/good.jsonl", 7, "good.jsonl"),
     case("compare run", 2, "tuned"),
     case("compare nowhere full", 3, "nowhere holds no measurement"),
+    case("compare odd odd", 3, "odd/measurement.json is damaged"),
     case("compare data/good.jsonl data/good.jsonl", 3, "good.jsonl holds no measurement"),
     case("ask", 2, "model"),
     case("ask ''", 4, "an empty name is no model"),

@@ -604,3 +604,25 @@ def test_the_report_goes_round(uninterrupted: Path) -> None:
     names = {field.name for field in dataclasses.fields(outcome.TrainReport)}
     assert set(stored) == names
     assert checkpoints.newest(uninterrupted / "checkpoints", pytest.fail) is not None
+
+
+def test_a_run_that_diverges_says_so_everywhere(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
+    """A learning rate of 0.5, and a beta that shows it: the loss rises; told once, on the terminal, in the log, the report and TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said: list[str] = []
+    flags = {
+        "train__learning_rate": 0.5,
+        "train__beta": 20.0,
+        "train__num_train_epochs": 4,
+        "tracking__to": ["tensorboard"],
+    }
+    report = train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", **flags), said)
+    assert sum("the loss rose from 0.693" in line for line in said) == 1
+    assert any("the loss rose from 0.693" in text for text in report.warnings)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines if "warning" in line].count("loss") == 1
+    assert "the loss rose" in (tmp_path / "run" / "report.html").read_text()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert "warnings/loss/text_summary" in events.Tags()["tensors"]

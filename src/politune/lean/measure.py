@@ -28,6 +28,8 @@ DEFAULT_INSTRUMENTS = ("politune-stances", "politune-core", "politune-guards")
 ANSWERED = "politune-open"
 """Measured with as well where a preset has open requests answered."""
 PAPERS, ROWS = "measurement.json", "rows.jsonl"
+WRITTEN = {"adapter", "use_4bit", "dtype", "recipe", "instruments", "preset", "askers", "seed"}
+"""What stands in the papers besides the base, and is read again."""
 
 
 def measure(
@@ -159,4 +161,8 @@ def read(directory: Path) -> tuple[dict[str, Any], list[rows.Row]]:
     document = record.read_json(directory / PAPERS)
     if document is None:
         raise DataError(f"{safe(directory)} holds no measurement", fix="politune measure writes one")
+    if not isinstance(document.get("base"), dict) or WRITTEN - set(document):
+        raise DataError(
+            f"{safe(directory / PAPERS)} is damaged or of another version", fix="politune measure writes one"
+        )
     return document, [row for block in rows.read(directory / ROWS).values() for row in block]
