@@ -106,8 +106,14 @@ def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
     def number_of_nobody(checkpoint: Path) -> None:
         shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-6"))
 
+    def copies_of_a_user(checkpoint: Path) -> None:
+        for name in ("checkpoint-best-4", "checkpoint-copy"):
+            shutil.copytree(checkpoint, checkpoint.with_name(name))
+
     def backup_of_a_user(checkpoint: Path) -> None:
-        checkpoint.with_name("checkpoint-backup").mkdir()
+        checkpoint.rename(checkpoint.with_name("checkpoint-backup"))
+        (checkpoint.with_name("checkpoint-backup") / "politune-commit.json").unlink()
+        shutil.rmtree(checkpoint.with_name("checkpoint-2"))
 
     def file_of_that_name(checkpoint: Path) -> None:
         checkpoint.with_name("checkpoint-9").write_text("a note")
@@ -116,13 +122,15 @@ def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
         with lab.place("strange") as place:
             shutil.copytree(killed, place / "run")
             change(place / "run" / "checkpoints" / NEWEST)
-            ended = lab.run([*lab.train(place / "run"), "--resume"])
+            ended = lab.run([*lab.train(place / "run", train__save_total_limit=1), "--resume"])
             good = ended.code == 0 and adapter_hash(place / "run") == expected
-            if change is backup_of_a_user:
-                good &= (place / "run" / "checkpoints" / "checkpoint-backup").exists()
+            for name in {"backup_of_a_user": ["backup"], "copies_of_a_user": ["best-4", "copy"]}.get(
+                change.__name__, []
+            ):
+                good &= (place / "run" / "checkpoints" / f"checkpoint-{name}").exists()
             return None if good else f"{change.__name__}: {ended.code} {ended.err[-300:]}"
 
-    changes = (extra_file, number_of_nobody, backup_of_a_user, file_of_that_name)
+    changes = (extra_file, number_of_nobody, copies_of_a_user, backup_of_a_user, file_of_that_name)
     return count(
         "what does not belong among the checkpoints: not used, not deleted, equal", side_by_side(trial, changes)
     )

@@ -607,7 +607,7 @@ def test_the_report_goes_round(uninterrupted: Path) -> None:
 
 
 def test_a_run_that_diverges_says_so_everywhere(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
-    """A learning rate of 0.5, and a beta that shows it: the loss rises; told once, on the terminal, in the log, the report and TensorBoard."""
+    """A learning rate of 0.5, and a beta that shows it: the loss rises; told once, everywhere."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     said: list[str] = []

@@ -5,6 +5,7 @@ the newest one whose files still have the marker's hashes and sets the others as
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def commit(checkpoint: Path, identity: dict[str, Any], metadata: Mapping[str, st
 
 def rotate(directory: Path, keep: int) -> None:
     """Removes the oldest committed checkpoints until `keep` are left; the marker goes first, so that none is half there."""
-    for checkpoint in sorted(_committed(directory), key=step_of)[:-keep]:
+    for checkpoint in [each for each in _written(directory) if (each / MARKER).is_file()][:-keep]:
         (checkpoint / MARKER).unlink()
         shutil.rmtree(checkpoint)
 
@@ -52,8 +53,7 @@ def newest(directory: Path, set_aside: Callable[[str], None] | None = None) -> P
         set_aside: damaged ones are moved to `.damaged/`, and those that were never finished are removed, each with one line
             through this; None leaves them where they are (of several processes only the first may move).
     """
-    candidates = [path for path in directory.glob("checkpoint-*") if path.is_dir()] if directory.is_dir() else []
-    for checkpoint in sorted(candidates, key=step_of, reverse=True):
+    for checkpoint in reversed(_written(directory)):
         flaw = _flaw(checkpoint)
         if flaw is None:
             return checkpoint
@@ -78,13 +78,15 @@ def identity_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name, -1 where it has none."""
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    """The optimizer step in a checkpoint's name, -1 where the name is none of a checkpoint's."""
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1
 
 
-def _committed(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("checkpoint-*") if (path / MARKER).is_file()]
+def _written(directory: Path) -> list[Path]:
+    """The checkpoints by their names, oldest first; what somebody keeps beside them under a name of their own is none."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in paths if path.is_dir() and step_of(path) >= 0), key=step_of)
 
 
 def _flaw(checkpoint: Path) -> str | None:
