@@ -18,6 +18,8 @@ from tiny.small_runs import adapter_hash
 
 OPERATIONS = ("openat", "write", "pwrite64", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir",
               "mkdirat", "fsync", "fdatasync", "ftruncate", "chmod", "fchmod", "link", "flock")  # fmt: skip
+GROWING = ("log.jsonl", "trainer_state.json")
+"""What holds a line for every step of a run."""
 WRITES = re.compile(r"^\d+ +(\w+)\((.*)$")
 
 
@@ -309,7 +311,7 @@ def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
             failures.append(None if ended.code == -signal.SIGKILL else f"cycle {cycle}: {ended.code} {ended.last}")
             paths = list(out.rglob("*"))
             names.append(len(paths))
-            sizes.append(sum(path.stat().st_size for path in paths if path.is_file() and path.name != "log.jsonl"))
+            sizes.append(sum(path.stat().st_size for path in paths if path.is_file() and path.name not in GROWING))
         ended = lab.run([*argv, "--resume"])
         once = place / "once"
         lab.run([each if each != f"train.output_dir={out}" else f"train.output_dir={once}" for each in argv])

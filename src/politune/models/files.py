@@ -180,11 +180,12 @@ def writing_to(target: Path) -> Iterator[None]:
 def refusal_of(error: Exception) -> int | None:
     """The number of the system's error where a file system refused to be written to, else None.
 
-    safetensors has an error class of its own, with that number in its text; torch.save says only that it could not write.
+    safetensors (with an error class of its own) and tokenizers (with Exception itself) have that number in their text;
+    torch.save says only that it could not write.
     """
     if isinstance(error, OSError):
         return error.errno if error.errno in REFUSALS else None
-    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
         return int(found[1]) if int(found[1]) in REFUSALS else None
     return errno.ENOSPC if any(words in str(error) for words in TORCH_CANNOT_WRITE) else None
 
