@@ -228,10 +228,11 @@ class FiniteGuard(TrainerCallback):
 
     def _check(self, step: int, what: str, tensors: Sequence[Any]) -> None:
         found = [each.detach() for each in tensors if isinstance(each, torch.Tensor) and each.is_floating_point()]
-        largest = torch.nn.utils.get_total_norm(
-            found, norm_type=math.inf
-        )  # one number for all: one wait for the device
-        if not math.isfinite(float(largest)):
+        if not found:
+            return
+        # A sum is finite only where all of its terms are; one number for all tensors is one wait for the device.
+        sums = torch.stack([each.sum().to(found[0].device, torch.float32) for each in found])
+        if not math.isfinite(float(sums.sum())):
             raise TrainingError(
                 f"{what} is not a finite number at step {step}",
                 why=f"nothing was exported; {self.last_checkpoint()}",
