@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.figures import EVIDENCE
 from tiny import tiny_models
 from tiny.small_runs import small_run, write_chats, write_pairs
 
@@ -153,12 +154,15 @@ class Lab:
 
     @contextlib.contextmanager
     def place(self, name: str) -> Iterator[Path]:
-        """A directory of a trial, removed afterwards unless the trial went wrong."""
+        """A directory of a trial, removed afterwards unless the trial went wrong (`side_by_side`)."""
         with self.lock:
             path = self.work / f"{name}-{next(self.numbers)}"
         path.mkdir()
         yield path
-        shutil.rmtree(path)
+        if EVIDENCE.places is None:
+            shutil.rmtree(path)
+        else:
+            EVIDENCE.places.append(path)
 
 
 def _toml(value: object) -> str:
