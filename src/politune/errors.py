@@ -23,7 +23,7 @@ from pathlib import Path
 
 MAX_FOREIGN_CHARACTERS = 200
 LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
+_TOKEN = re.compile(r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|(?<=://)[^/\s]+(?=@)")
 """A token of the Hub wherever it stands, and what an address says of who asks: `https://user:password@host`."""
 
 
@@ -126,7 +126,7 @@ def safe(text: object, limit: int | None = MAX_FOREIGN_CHARACTERS) -> str:
 def without_secrets(text: str) -> str:
     """Stars for this machine's logins and for what is written like one: libraries put them into errors, users into flags."""
     for name in LOGINS:
-        if len(login := os.environ.get(name, "")) >= 16:
+        if len(login := os.environ.get(name, "").strip()) >= 16:
             text = text.replace(login, "***")
     return _TOKEN.sub("***", text) if "hf_" in text or "://" in text else text
 

@@ -10,13 +10,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from politune.cache import user_cache
 from politune.errors import HubError, safe
-from politune.writing import write_whole
+from politune.hashes import sha256_once
 
 HUB_LOGIN = "Hugging Face login"
 """The line of `politune doctor` on it."""
@@ -38,8 +37,6 @@ STORAGE_LIMITS = {
 """The same for the storage of large files, which a library of its own speaks to: it would try for three minutes."""
 
 BUSY = (408, 429, 500, 502, 503, 504)
-LARGE_BYTES = 10_000_000
-"""From this size on it is remembered that a file was right, and not read again."""
 
 
 @contextmanager
@@ -156,34 +153,43 @@ class _Patience:
         return seconds
 
 
-def sound(fetch: Callable[[], Path], what: str) -> Path:
-    """What `fetch` brings into the Hub's cache, a file or a directory, once its hashes are those that the Hub announced.
+def sound(fetch: Callable[[], Path], what: str, *, offline: bool) -> Path:
+    """What `fetch` brings from the Hub's cache, a file or a directory, once its hashes are those that the Hub announced.
 
-    A file with another hash is removed and fetched again, once: it may have lain there since an earlier run.
+    A file with another hash, which may have lain there since an earlier run, is removed and fetched again, once. Offline, where
+    nothing can be fetched, it is left alone.
 
     Raises:
-        HubError: what came has another hash, too, and is removed.
+        HubError: there is still a file with another hash, or one that was removed did not come again.
     """
     path = fetch()
-    if _remove_wrong(path):
-        path = fetch()
-        if wrong := _remove_wrong(path):
+    if wrong := _wrong(path):
+        if not offline:
+            for each in wrong:
+                _remove(each)
+            path = fetch()
+            wrong = [each for each in wrong if not each.exists()] + _wrong(path)
+        if wrong:
             raise HubError(
-                f"what came of {safe(what)} is not what the Hub announced",
-                why=f"another hash, and removed: {', '.join(safe(name) for name in wrong)}",
-                fix="run it again later, and not --offline",
+                f"what there is of {safe(what)} is not what the Hub announced",
+                why=f"another hash: {', '.join(safe(each.name) for each in wrong)}",
+                fix="run it once without --offline, to fetch it again" if offline else "run it again later",
             )
     return path
 
 
-def _remove_wrong(path: Path) -> list[str]:
-    """Removes the files at a path, or right below it, that are not what the Hub announced; their names."""
+def _wrong(path: Path) -> list[Path]:
+    """The files at a path, or right below it, that are not what the Hub announced."""
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
-    wrong = [each for each in files if each.exists() and not _is_as_announced(each)]
-    for name in wrong:
-        for each in (name.resolve(), _blob(name), name):
-            each.unlink(missing_ok=True)
-    return [name.name for name in wrong]
+    return [each for each in files if each.exists() and not _is_as_announced(each)]
+
+
+def _remove(name: Path) -> None:
+    """The name in a snapshot and what the cache keeps under its hash; a blob that is a link itself only as a link."""
+    blob = _blob(name)
+    if Path(os.path.normpath(blob)).parent.name == "blobs":
+        blob.unlink(missing_ok=True)
+    name.unlink(missing_ok=True)
 
 
 def _blob(path: Path) -> Path:
@@ -196,27 +202,11 @@ def _is_as_announced(path: Path) -> bool:
 
     A mirror may name files by their SHA-1, or in a way that tells nothing of their bytes; those are taken as they are.
     """
-    name, found = _blob(path).name, path.stat()
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
+    name = _blob(path).name
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        return sha256_once(path) == name
+    if not re.fullmatch(r"[0-9a-f]{40}", name):
         return True
-    state, stamp = f"{found.st_size} {found.st_mtime_ns}", _stamp(name)
-    if found.st_size >= LARGE_BYTES and stamp and stamp.exists() and stamp.read_text(encoding="utf-8") == state:
-        return True
-    with path.open("rb") as file:
-        if len(name) == 64:
-            right = hashlib.file_digest(file, "sha256").hexdigest() == name
-        else:
-            body = file.read()
-            heads = (b"blob %d\0" % len(body), b"")
-            right = name in {hashlib.sha1(head + body, usedforsecurity=False).hexdigest() for head in heads}
-    if right and found.st_size >= LARGE_BYTES and stamp:
-        with suppress(OSError):
-            stamp.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(stamp, state)
-    return right
-
-
-def _stamp(name: str) -> Path | None:
-    """Where it is remembered that a large file was right, and its size and time then."""
-    cache = user_cache()
-    return cache / "hub" / name if cache else None
+    body = path.read_bytes()
+    heads = (b"blob %d\0" % len(body), b"")
+    return name in {hashlib.sha1(head + body, usedforsecurity=False).hexdigest() for head in heads}

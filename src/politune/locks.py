@@ -17,9 +17,14 @@ def owned(directory: Path, busy: PolituneError) -> Iterator[None]:
 
     Raises:
         PolituneError: `busy`, where another process owns it.
-        OutputError: its file system keeps no locks.
+        OutputError: it cannot be written to, or its file system keeps no locks.
     """
-    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {safe(directory)}", why=error.strerror, fix="choose another place"
+        ) from error
     try:
         if not locked(handle, directory):
             raise busy

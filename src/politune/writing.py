@@ -19,9 +19,19 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(handle.fileno())
         Path(handle.name).chmod(0o666 & ~_umask())
         Path(handle.name).replace(path)
+        sync(path.parent)
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or what was made and renamed in a directory, onto the disk: it is there after a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,6 +286,53 @@ def test_an_export_that_failed_is_made_up_for(
     assert adapter_hash(tmp_path / "run") == adapter_hash(uninterrupted)
 
 
+def test_what_a_run_left_is_enough_to_go_on(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged run.json, a log whose last line a full disk cut short, an adapter that somebody removed."""
+    resolved, out = resolve("dpo", tiny_llama, pairs, tmp_path / "run", trl__disable_dropout=False), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_in_step(3, patch)
+        with pytest.raises(Interrupted):
+            train(resolved)
+    (out / "run.json").write_text('{"status": "runn')
+    assert train(resolved, resume=True).steps_done_now == 3
+    shutil.rmtree(out / "adapter")
+    with (out / "log.jsonl").open("a") as handle:
+        handle.write('{"step": 6, "loss"')
+    report = train(resolved, resume=True)
+    assert report.steps_done_now == 0
+    assert adapter_hash(out) == adapter_hash(uninterrupted)
+    document = record.read_json(out / "run.json") or {}
+    (out / "run.json").write_text(json.dumps({**document, "metrics": {"curves": 1}}))
+    with pytest.raises(OutputError, match="damaged or of another version"):
+        train(resolved, resume=True)
+    (out / "run.json").write_text("{")
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(OutputError, match="cannot be read, and there is no whole checkpoint"):
+        train(resolved, resume=True)
+
+
+def test_a_line_behind_half_a_line_of_the_log_is_whole(tmp_path: Path) -> None:
+    log = callbacks.JsonLog(tmp_path / "log.jsonl", callbacks.EvaluationName())
+    log.warn(1, "loss", "it rose")
+    with log.path.open("a") as handle:
+        handle.write('{"step": 2, "lo')
+    log.warn(2, "margin", "it exploded")
+    assert log.warnings() == {"loss": "it rose", "margin": "it exploded"}
+
+
+def test_training_that_ended_early_is_not_exported(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one of several processes was asked to stop, and the others were not told."""
+    stop = lambda self, args, state, control, **kwargs: setattr(control, "should_training_stop", True)  # noqa: E731
+    monkeypatch.setattr(callbacks.StopOnSignal, "on_step_end", stop)
+    with pytest.raises(TrainingError, match="training ended after step 1 of 6"):
+        train(resolve("dpo", tiny_llama, pairs, tmp_path / "run"))
+    assert adapter_hash(tmp_path / "run") == "none"
+
+
 def test_a_changed_setting_is_refused_by_name(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(resolve("dpo", tiny_llama, pairs, out, train__max_steps=2))
@@ -507,8 +555,8 @@ def test_wandb_offline_holds_the_metrics_and_no_secret(
         )
     )
     assert report.sync_command is not None
-    directory = Path(report.sync_command.split()[-1])
-    assert directory.is_dir()
+    pattern = Path(report.sync_command.split()[-1])  # for the shell: the parts of a run that was resumed
+    (directory,) = pattern.parent.glob(pattern.name)
     everything = b"".join(path.read_bytes() for path in directory.rglob("*") if path.is_file())
     assert b"my-run" in everything
     assert b"rewards/margins" in everything
@@ -526,7 +574,9 @@ def test_a_resumed_run_is_the_same_one_on_wandb(
         interrupt_in_step(3, patch)
         with pytest.raises(Interrupted):
             train(resolved)
-    train(resolved, resume=True)
+    report = train(resolved, resume=True)
+    pattern = Path((report.sync_command or "").split()[-1])
+    assert len(list(pattern.parent.glob(pattern.name))) == 2
     ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
     assert ids == {(tmp_path / "run" / "wandb" / "politune-id").read_text()}

@@ -42,3 +42,17 @@ def test_what_hidden_characters_become(text: str, shown: str) -> None:
 
 def test_long_texts_are_cut() -> None:
     assert len(safe("x" * 500)) == errors.MAX_FOREIGN_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    "login", ["hf_" + "a" * 34, "hf_oauth_" + "b" * 20 + ".c-d", "hf_jwt_" + "e" * 20, "://me:p@ssword@"]
+)
+def test_a_login_is_not_repeated(login: str) -> None:
+    shown = errors.safe(f"https{login}host" if "://" in login else f"refused: {login}")
+    assert "***" in shown
+    assert not any(part in shown for part in ("aaaa", "bbbb", "c-d", "eeee", "ssword"))
+
+
+def test_a_login_that_ends_with_a_line_break_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123\n")
+    assert errors.safe("key 0123456789abcdef0123 refused") == "key *** refused"

@@ -28,24 +28,46 @@ def in_cache(place: Path, name: str, body: bytes) -> Path:
 )
 def test_a_file_is_taken_by_any_hash_that_its_name_can_be(tmp_path: Path, name: str) -> None:
     link = in_cache(tmp_path, name, BODY)
-    assert fetching.sound(lambda: link, "owner/name") == link
+    assert fetching.sound(lambda: link, "owner/name", offline=True) == link
 
 
 def test_a_wrong_file_is_removed_and_fetched_once_more(tmp_path: Path) -> None:
     bodies = [b"something else\n", BODY]
-    assert fetching.sound(lambda: in_cache(tmp_path, GIT, bodies.pop(0)), "owner/name").read_bytes() == BODY
-    with pytest.raises(HubError, match=r"what came of owner/name is not what the Hub announced.*file.txt"):
-        fetching.sound(lambda: in_cache(tmp_path, GIT, b"something else\n"), "owner/name")
-    assert not list((tmp_path / "blobs").iterdir())
+    fetch = lambda: in_cache(tmp_path, GIT, bodies.pop(0))  # noqa: E731
+    assert fetching.sound(fetch, "owner/name", offline=False).read_bytes() == BODY
+    with pytest.raises(HubError, match=r"what there is of owner/name is not what the Hub announced.*file.txt"):
+        fetching.sound(lambda: in_cache(tmp_path, GIT, b"something else\n"), "owner/name", offline=False)
 
 
-def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "politune"))
-    monkeypatch.setattr(fetching, "LARGE_BYTES", 1)
-    link = in_cache(tmp_path, hashlib.sha256(BODY).hexdigest(), BODY)
+def test_offline_a_wrong_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    link = in_cache(tmp_path, GIT, b"something else\n")
+    with pytest.raises(HubError, match="without --offline"):
+        fetching.sound(lambda: link, "owner/name", offline=True)
+    assert link.read_bytes() == b"something else\n"
+
+
+def test_what_was_removed_has_to_come_again(tmp_path: Path) -> None:
+    """A Hub's client that is content with what is left would leave a tokenizer without its file."""
+    in_cache(tmp_path, GIT, b"something else\n")
+    with pytest.raises(HubError, match=r"file\.txt"):
+        fetching.sound(lambda: tmp_path, "owner/name", offline=False)
+
+
+def test_a_blob_kept_elsewhere_stays_there(tmp_path: Path) -> None:
+    link = in_cache(tmp_path, GIT, b"")
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "blobs" / GIT).unlink()
+    (tmp_path / "blobs" / GIT).symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(HubError):
+        fetching.sound(lambda: link.parent, "owner/name", offline=False)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "blobs" / GIT).is_symlink()
+
+
+def test_a_bit_that_rots_is_found_at_the_same_size_and_time(tmp_path: Path) -> None:
+    link = in_cache(tmp_path, GIT, BODY)
     times = link.stat()
     assert fetching._is_as_announced(link)
     link.write_bytes(BODY.upper())
-    assert not fetching._is_as_announced(link)
     os.utime(link, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert fetching._is_as_announced(link), "the same size and time: not read again"
+    assert not fetching._is_as_announced(link)

@@ -55,6 +55,10 @@ def test_an_announced_end_is_one_request_with_what_follows() -> None:
         time.sleep(signals.SAME_REQUEST_SECONDS + 0.05)
         send(signal.SIGTERM)
         send(signal.SIGUSR1)
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGINT)
+        send(signal.SIGUSR1)  # nobody pressed twice
     with pytest.raises(Interrupted) as caught, signals.caught("politune train") as request:
         request.inside_training = True
         send(signal.SIGUSR1)

@@ -74,10 +74,8 @@ def _online(spec: DataSpec) -> _Snapshot:
     if not info.sha:
         raise ValueError("an answer without a commit")
     commit, files = str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or ())
-    if (
-        CARD in files
-    ):  # for the cache, which remembers the listing: a run offline can tell half a split from a whole one
-        snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=CARD)
+    # Whether or not there is a card: the cache remembers the listing, by which a run offline tells half a split from a whole.
+    snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=CARD)
 
     def download(name: str) -> Path:
         # Asked for by the name of the revision, not by its commit, so that the cache knows that name when offline.
@@ -88,11 +86,14 @@ def _online(spec: DataSpec) -> _Snapshot:
             raise HubError(f"{repo} changed on the Hub while it was being fetched", fix="run the same command again")
         return path
 
-    return _Snapshot(commit, files, lambda name: fetching.sound(lambda: download(name), repo))
+    return _Snapshot(commit, files, lambda name: fetching.sound(lambda: download(name), repo, offline=False))
 
 
 def _cached(spec: DataSpec) -> _Snapshot:
-    """What an earlier run left in the Hub's cache at this revision; the cache may lack files that nobody asked for."""
+    """What an earlier run left in the Hub's cache at this revision; the cache may lack files that nobody asked for.
+
+    Raises HubError where it does not know which files there are.
+    """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -101,14 +102,18 @@ def _cached(spec: DataSpec) -> _Snapshot:
     try:
         files = tuple(entry.path for entry in get_cached_repo_tree(repo, **place))
     except CachedRepoTreeNotFoundError:
-        files = tuple(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        raise HubError(
+            f"the cache does not say which files {repo} has, so a part of them could be taken for all",
+            where="data.dataset_name",
+            fix="run once without --offline, or name one of its files here by its path",
+        ) from None
 
     def find(name: str) -> Path:
         if not (folder / name).exists():
             raise LocalEntryNotFoundError(name)
         return folder / name
 
-    return _Snapshot(folder.name, files, lambda name: fetching.sound(lambda: find(name), repo))
+    return _Snapshot(folder.name, files, lambda name: fetching.sound(lambda: find(name), repo, offline=True))
 
 
 def _is_data(name: str) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 
 from politune import __version__, record
 from politune.errors import OutputError, safe
+from politune.hashes import sha256_of
 from politune.locks import LOCK, owned
 from politune.models import adapter as adapters
 from politune.models import load, tuned
-from politune.models.files import sha256_of
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")
 ANSWERED_BY = (

@@ -24,7 +24,8 @@ from typing import Any
 
 from politune.cache import user_cache
 from politune.errors import HubError, ModelError, OutputError, safe
-from politune.models.files import STAGING_PREFIX, require_space, sha256_of, staged, writing_to
+from politune.hashes import sha256_of
+from politune.models.files import STAGING_PREFIX, require_space, staged, writing_to
 from politune.record import DEMO_ORIGIN
 
 ORIGIN = DEMO_ORIGIN

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from politune.errors import ModelError, OutputError, safe
+from politune.writing import sync
 
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -42,12 +43,6 @@ class Header:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in self.tensors.items()}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_header(path: Path) -> Header:
@@ -112,6 +107,7 @@ def staged(target: Path) -> Iterator[Path]:
             yield staging
             _settle(staging)
             staging.rename(target)
+            sync(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -212,5 +208,5 @@ def _settle(staging: Path) -> None:
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             path.chmod(mode)
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+        sync(path)
+    sync(staging)

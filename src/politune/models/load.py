@@ -28,9 +28,10 @@ from politune.errors import (
     read_within,
     safe,
 )
+from politune.hashes import sha256_once
 from politune.models import adapter as adapters
 from politune.models import demo, hub_code, template
-from politune.models.files import read_header, sha256_of
+from politune.models.files import read_header
 from politune.models.quiet import quiet_libraries
 from politune.plan.machine import find_processor
 
@@ -254,7 +255,7 @@ def base_sha256(base: ResolvedModel) -> str:
     """SHA-256 over the sorted SHA-256 of the weight files; for the demo, of the file that it was made from."""
     if base.name == DEMO_MODEL:
         return demo.GGUF_SHA256
-    hashes = sorted(sha256_of(path) for path in weight_files(base.path))
+    hashes = sorted(sha256_once(path) for path in weight_files(base.path))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -511,7 +512,7 @@ def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...], **opti
             )
         )
 
-    return fetching.sound(fetch, name)
+    return fetching.sound(fetch, name, offline=bool(options.get("local_files_only")))
 
 
 def _check_listing(name: str, files: list[str]) -> None:

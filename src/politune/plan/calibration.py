@@ -6,6 +6,7 @@ once for every kind of run.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,14 @@ def _run_stand_in(asked: Mapping[str, Any]) -> dict[str, Any]:
         Path(directory, "asked.json").write_text(json.dumps(asked), encoding="utf-8")
         command = [sys.executable, "-P", "-m", STAND_IN, directory]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
+            done = subprocess.run(
+                command,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_SECONDS,
+            )
         except subprocess.TimeoutExpired:
             raise _NotMeasurableError(f"it took longer than {TIMEOUT_SECONDS} s") from None
         if done.returncode:

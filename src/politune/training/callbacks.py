@@ -6,6 +6,7 @@ A callback reads; it leaves model mode, random state, padding side and weights a
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Container, Sequence
@@ -55,9 +56,9 @@ class JsonLog(TrainerCallback):
             write_whole(self.path, "".join(kept))
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Those there, but for one that a killed process left half written."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        """Those there, but for one that a killed process or a full disk left half written."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        return [found for line in text.split("\n") if (found := _parsed(line)) is not None]
 
     def holds(self, step: int, names: Container[str]) -> bool:
         """Whether a line of the step has a number of one of these names."""
@@ -75,8 +76,20 @@ class JsonLog(TrainerCallback):
         self._write(step, {"kind": kind, "warning": text})
 
     def _write(self, step: int, entries: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **entries}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **entries}) + "\n"
+        with self.path.open("a+b") as handle:
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                line = line if handle.read(1) == b"\n" else f"\n{line}"  # behind one that a full disk cut short
+            handle.write(line.encode())
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _finite(value: Any) -> Any:
@@ -175,10 +188,12 @@ class ScoreReference(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and not self._once():
+            _share(self.request, args)
             raise self.request.interrupted(f"interrupted: step {state.global_step} is saved, no adapter was exported")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.is_due and not control.should_training_stop and not self._once():
+            _share(self.request, args)
             control.should_save = True
             control.should_training_stop = True
 
@@ -295,20 +310,21 @@ class StopOnSignal(TrainerCallback):
         self.request.inside_training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._any_process_was_asked(args):
+        _share(self.request, args)
+        if self.request.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.request.inside_training = False
 
-    def _any_process_was_asked(self, args: Any) -> bool:
-        """A signal reaches the processes at different moments; they stop after the same step."""
-        if torch.distributed.is_initialized():
-            number = torch.tensor(self.request.signal_number or 0, device=args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.request.signal_number = int(number) or None
-        return self.request.signal_number is not None
+
+def _share(request: StopRequest, args: Any) -> None:
+    """A signal reaches the processes at different moments, or only one of them; they stop after the same step."""
+    if torch.distributed.is_initialized():
+        number = torch.tensor(request.signal_number or 0, device=args.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        request.signal_number = int(number) or None
 
 
 class MeasureLean(TrainerCallback):

@@ -4,7 +4,6 @@ TRL's trainer writes `checkpoint-N` in place, file by file. A checkpoint counts 
 the newest one whose files still have the marker's hashes and sets the others aside.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from politune.errors import safe
+from politune.hashes import sha256_of
 from politune.models import files
-from politune.record import model_card, read_json, write_json
+from politune.record import model_card, read_json, sha256_of_json, write_json
+from politune.writing import sync
 
 MARKER = "politune-commit.json"
 # A pickle of every trainer argument, which resuming never reads.
@@ -34,36 +35,49 @@ def commit(checkpoint: Path, identity: dict[str, Any], metadata: Mapping[str, st
     (checkpoint / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     paths = _files(checkpoint)
     for path in paths:
-        _sync(path)
+        sync(path)
     hashes = {str(path.relative_to(checkpoint)): _fingerprint(path) for path in paths}
-    write_json(checkpoint / MARKER, {"step": step_of(checkpoint), "identity": identity, "files": hashes})
+    said = {"step": step_of(checkpoint), "identity": identity, "files": hashes}
+    write_json(checkpoint / MARKER, {**said, "sha256": sha256_of_json(said)})
+    sync(checkpoint.parent)
 
 
 def rotate(directory: Path, keep: int) -> None:
-    """Removes the oldest committed checkpoints until `keep` are left; the marker goes first, so that none is half there."""
-    for checkpoint in [each for each in _written(directory) if (each / MARKER).is_file()][:-keep]:
+    """Removes the oldest committed checkpoints until `keep` are left; the marker goes first, so that none is half there.
+
+    Unfinished ones that were set aside go once `keep` whole ones have come after them.
+    """
+    committed = [each for each in _written(directory) if (each / MARKER).is_file()]
+    for checkpoint in committed[:-keep]:
         (checkpoint / MARKER).unlink()
         shutil.rmtree(checkpoint)
+    if len(committed) >= keep:
+        for checkpoint in _written(directory / SET_ASIDE):
+            if not (checkpoint / MARKER).exists():
+                shutil.rmtree(checkpoint)
 
 
 def newest(directory: Path, set_aside: Callable[[str], None] | None = None) -> Path | None:
     """The newest whole checkpoint, or None.
 
     Args:
-        set_aside: damaged ones are moved to `.damaged/`, and those that were never finished are removed, each with one line
-            through this; None leaves them where they are (of several processes only the first may move).
+        set_aside: those that are damaged or were never finished are moved to `.damaged/`, each with one line through this;
+            None leaves them where they are (of several processes only the first may move).
     """
     for checkpoint in reversed(_written(directory)):
         flaw = _flaw(checkpoint)
         if flaw is None:
             return checkpoint
-        if set_aside is not None and (checkpoint / MARKER).exists():
+        if set_aside is not None:
             _move(checkpoint, directory / SET_ASIDE / checkpoint.name)
             set_aside(f"set aside {checkpoint.name}: {flaw}")
-        elif set_aside is not None:
-            shutil.rmtree(checkpoint)
-            set_aside(f"removed {checkpoint.name}: it was not completely written")
     return None
+
+
+def taken_bytes(directory: Path) -> int:
+    """What the checkpoints of a run take of its disk, which a run that goes on gets back."""
+    paths = (path for checkpoint in _written(directory) for path in checkpoint.rglob("*"))
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _move(checkpoint: Path, target: Path) -> None:
@@ -90,8 +104,11 @@ def _written(directory: Path) -> list[Path]:
 
 
 def _flaw(checkpoint: Path) -> str | None:
-    marker = read_json(checkpoint / MARKER)
-    if marker is None:
+    if not (checkpoint / MARKER).exists():
+        return "it was not completely written"
+    marker = read_json(checkpoint / MARKER) or {}
+    # The marker is hashed as well: one changed bit in what the run was would read as a change of its settings.
+    if marker.pop("sha256", None) != sha256_of_json(marker) or set(marker) != {"step", "identity", "files"}:
         return "its marker cannot be read"
     if marker["step"] != step_of(checkpoint):
         return f"it is step {safe(marker['step'])} under another name"
@@ -102,9 +119,9 @@ def _flaw(checkpoint: Path) -> str | None:
         try:
             same = _fingerprint(checkpoint / name) == recorded
         except OSError:
-            return f"{name} is missing or cannot be read"
+            return f"{safe(name)} is missing or cannot be read"
         if not same:
-            return f"{name} has changed"
+            return f"{safe(name)} has changed"
     return None
 
 
@@ -115,9 +132,4 @@ def _files(checkpoint: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": files.sha256_of(path), "bytes": path.stat().st_size}
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}

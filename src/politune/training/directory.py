@@ -9,6 +9,7 @@ from politune import record
 from politune.errors import Interrupted, OutputError, PolituneError, safe
 from politune.locks import LOCK, owned
 from politune.presets import Resolved, command, flatten
+from politune.training import checkpoints
 from politune.training.processes import is_main_process, world_size
 
 PAPERS = "run.json"
@@ -31,7 +32,8 @@ class Papers:
 
     @property
     def is_done(self) -> bool:
-        return self.document.get("status") == "done"
+        """Whether the run has ended and its adapter is there; one whose adapter was removed exports it again."""
+        return self.document.get("status") == "done" and (self.path.parent / "adapter").is_dir()
 
     def begin(self, **facts: Any) -> None:
         """The run starts, or goes on: from here on its end is recorded whatever it is."""
@@ -82,9 +84,13 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
     """
     with contextlib.ExitStack() as stack:
         if is_main_process():
-            _check(directory, resume)
+            if not (directory / LOCK).exists():
+                _check(directory, resume)  # nothing, not even a lock, is put into a directory of something else
+            _make(directory)
             fix = "wait for it to end, or choose another --output_dir"
             stack.enter_context(owned(directory, OutputError(f"another run is at work in {safe(directory)}", fix=fix)))
+            _check(directory, resume)  # a run may have come and gone before the lock was ours
+            _probe(directory)
         papers = Papers(directory, resolved)
         try:
             if not resume:
@@ -104,21 +110,39 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
 
 def _check(directory: Path, resume: bool) -> None:
     shown = safe(directory)
-    try:
-        if directory.exists() and not directory.is_dir():
-            raise OutputError(f"{shown} is a file", fix="choose another --output_dir")
-        papers = record.read_json(directory / PAPERS) or {}
-        if resume and not papers:
-            fix = "leave out --resume to start one"
-            raise OutputError(f"{shown} holds no run to resume", why="it has no run.json", fix=fix)
-        if not resume and directory.is_dir() and not _is_free(directory, papers):
-            raise OutputError(f"{shown} is not empty", fix="go on with --resume, or choose another --output_dir")
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"{shown} is a file", fix="choose another --output_dir")
+    papers = record.read_json(directory / PAPERS) or {}
+    # What a damaged run.json said of the run stands in the marker of each checkpoint, too.
+    if resume and not papers and not checkpoints.newest(directory / "checkpoints"):
+        is_there = (directory / PAPERS).exists()
+        why = "its run.json cannot be read, and there is no whole checkpoint" if is_there else "it has no run.json"
+        fix = "choose another --output_dir" if is_there else "leave out --resume to start one"
+        raise OutputError(f"{shown} holds no run to resume", why=why, fix=fix)
+    if not resume and directory.is_dir() and not _is_free(directory, papers):
+        raise OutputError(f"{shown} is not empty", fix="go on with --resume, or choose another --output_dir")
+
+
+def _make(directory: Path) -> None:
+    with _writable(directory):
         directory.mkdir(parents=True, exist_ok=True)
+
+
+def _probe(directory: Path) -> None:
+    with _writable(directory):
         probe = directory / PROBE
         probe.write_bytes(b"x")
         probe.unlink()
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise OutputError(f"cannot write to {shown}", why=error.strerror, fix="choose another --output_dir") from error
+        raise OutputError(
+            f"cannot write to {safe(directory)}", why=error.strerror, fix="choose another --output_dir"
+        ) from error
 
 
 def _is_free(directory: Path, papers: dict[str, Any]) -> bool:

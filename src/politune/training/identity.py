@@ -59,7 +59,7 @@ def check_finished(document: Mapping[str, Any], run: Run) -> None:
         OutputError: run.json is not a finished run's of this version.
     """
     before = {key: v for key, v in record.settings_of(document).items() if not key.startswith(NOT_OF_AN_ADAPTER)}
-    if not before or not isinstance(document.get("metrics"), dict):
+    if not before:
         raise OutputError("run.json is damaged or of another version of politune", fix="choose another --output_dir")
     asked = {key: value for key, value in flatten(run).items() if not key.startswith(NOT_OF_AN_ADAPTER)}
     asked |= {"method": run.method}
@@ -68,6 +68,6 @@ def check_finished(document: Mapping[str, Any], run: Run) -> None:
 
 def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
-        lines = "; ".join(f"{key}: {safe(before.get(key))} -> {safe(now.get(key))}" for key in changed)
+        lines = "; ".join(f"{safe(key)}: {safe(before.get(key))} -> {safe(now.get(key))}" for key in changed)
         fix = "use the former settings, or start anew in another --output_dir"
         raise ConfigError(f"cannot resume, because something has changed: {lines}", fix=fix)

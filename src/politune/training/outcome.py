@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from politune.errors import OutputError
 from politune.report import Curve, Facts, Lines, Section
 
 if TYPE_CHECKING:
@@ -97,13 +98,22 @@ class TrainReport:
 
 
 def from_document(document: Mapping[str, Any]) -> TrainReport:
-    """The report of a finished run from its run.json."""
-    curves = (
-        (title, tuple((name, tuple((x, y) for x, y in points)) for name, points in series))
-        for title, series in document["curves"]
-    )
-    warnings = tuple(document.get("warnings", ()))
-    return TrainReport(**{"reference_seconds": 0.0, **document, "warnings": warnings, "curves": tuple(curves)})
+    """The report of a finished run from the metrics in its run.json.
+
+    Raises:
+        OutputError: they are not those of a finished run of this version.
+    """
+    try:
+        curves = tuple(
+            (title, tuple((name, tuple((x, y) for x, y in points)) for name, points in series))
+            for title, series in document["curves"]
+        )
+        warnings = tuple(document.get("warnings", ()))
+        return TrainReport(**{"reference_seconds": 0.0, **document, "warnings": warnings, "curves": curves})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise OutputError(
+            "run.json is damaged or of another version of politune", fix="choose another --output_dir"
+        ) from None
 
 
 def named(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -92,7 +92,7 @@ def _train(
         if resume and papers.is_done:
             check_finished(papers.document, run)
             say("this run is finished: nothing left to train")
-            return from_document({**papers.document["metrics"], "steps_done_now": 0})
+            return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
         prepared = prepare(run, table, offline, say)
         checkpoint = _newest_checkpoint(directory, say) if resume else None
         former = checkpoints.identity_of(checkpoint) if checkpoint else {}
@@ -181,7 +181,7 @@ def _require_disk(estimate: plan.PlanReport, directory: Path) -> None:
     free = estimate.machine.disk_free_bytes
     if estimate.disk_bytes is None or free is None:
         return
-    there = sum(path.stat().st_size for path in (directory / "checkpoints").rglob("*") if path.is_file())
+    there = checkpoints.taken_bytes(directory / "checkpoints")
     if estimate.disk_bytes > free + there:
         need, have = plan.format_bytes(estimate.disk_bytes), plan.format_bytes(free + there)
         raise OutputError(

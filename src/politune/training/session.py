@@ -232,9 +232,14 @@ class Session:
         set_seed(self.run.train.seed)
         self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds = time.monotonic() - self.started
+        state = self.trainer.state
+        step = f"step {state.global_step} of {state.max_steps}"
         if self.stop.signal_number is not None:
-            step = f"step {self.trainer.state.global_step} of {self.trainer.state.max_steps}"
             raise self.stop.interrupted(f"interrupted: {step} is saved, no adapter was exported")
+        if state.global_step != state.max_steps:
+            raise TrainingError(
+                f"training ended after {step}", why="no adapter was exported", fix="go on with --resume"
+            )
 
     def _take_adapter(self, checkpoint: Path) -> None:
         """Training was over when the run ended: the last checkpoint's adapter is the result."""

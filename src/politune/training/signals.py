@@ -35,7 +35,7 @@ class StopRequest:
         again = self.signal_number is not None
         announces = number == signal.SIGUSR1
         number = signal.SIGTERM if announces else number
-        if number == self.signal_number and (announces or self._announced or self._is_same(number)):
+        if again and (announces or (number == self.signal_number and (self._announced or self._is_same(number)))):
             return
         self._announced = announces
         self.signal_number, self._came = number, time.monotonic()

@@ -7,6 +7,8 @@ all of the model's layers follows from both. Whatever the machine's other work c
 DIRECTORY holds `asked.json` (`plan.calibration` writes it) and gets `measured.json`.
 """
 
+# ruff: noqa: E402 - what refuses code from the Hub comes before the libraries
+
 import json
 import os
 import random
@@ -15,6 +17,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from politune.models import hub_code
+
+hub_code.refuse()
 
 import torch
 from tokenizers import Tokenizer
@@ -88,7 +94,9 @@ def _model(config: dict[str, Any], run: Run, directory: Path) -> tuple[Any, int]
     sizes["num_hidden_layers"] = few
     if sizes.get("layer_types"):
         sizes["layer_types"] = sizes["layer_types"][:few]
-    sizes.pop("quantization_config", None)
+    # What config.json asks for beside sizes may name code elsewhere: the library's own choice, as in `load.load_model`.
+    for name in ("quantization_config", "attn_implementation", "_attn_implementation", "auto_map"):
+        sizes.pop(name, None)
     dtype = torch.bfloat16 if run.model.bf16 else torch.float32
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes), dtype=dtype)
     if run.model.use_4bit:

@@ -6,6 +6,7 @@ passes, nothing of the environment.
 
 import os
 import secrets
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from politune.config import Run
 from politune.doctor import knows_wandb
 from politune.errors import MachineError, safe
+from politune.models.files import REFUSALS
 from politune.training.callbacks import EvaluationName
 from politune.writing import write_whole
 
@@ -36,6 +38,8 @@ class WandbLog(TrainerCallback):
         try:
             self._open(wandb)
         except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in REFUSALS:
+                raise  # the disk's, not the client's
             fix = "log in with `wandb login`, set WANDB_MODE=offline, or leave --use_wandb out"
             raise MachineError(
                 f"Weights & Biases refuses the run: {safe(error)}", line="Weights & Biases login", fix=fix
@@ -72,10 +76,10 @@ class WandbLog(TrainerCallback):
 
     @property
     def sync_command(self) -> str | None:
-        """The command that uploads the run where it is kept offline."""
+        """The command that uploads the run where it is kept offline: all of its parts, one for each time it was resumed."""
         if self.wandb_run is None or self.wandb_run.settings.mode != "offline":
             return None
-        return f"wandb sync {Path(self.wandb_run.dir).parent}"
+        return f"wandb sync {shlex.quote(str(self.directory / 'wandb'))}/offline-run-*-{self.wandb_run.id}"
 
     def finish(self) -> None:
         """Ends the run on Weights & Biases, and the client's own process, which writes for a while after the run's end."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -376,8 +376,10 @@ def rehearse(trainer: Any, most_tokens: float) -> bool:
     """A forward and a backward pass over the longest rows: as many as share a call, at least one batch of them.
 
     What is not freed again is the memory; weights, metrics and the random state are as they were. False where the pass would
-    take more than `most_tokens`.
+    take more than `most_tokens`, and under DeepSpeed, whose backward pass takes the optimizer's step as well.
     """
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return False
     rows = sorted(trainer.train_dataset, key=lambda row: (-_length(row), row[ROW]))
     size, most = trainer.args.per_device_train_batch_size, trainer.packed.tokens_per_call if trainer.packed else 0
     batches = [rows[:size]]
