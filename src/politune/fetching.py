@@ -156,11 +156,11 @@ class _Patience:
 def sound(fetch: Callable[[], Path], what: str, *, offline: bool) -> Path:
     """What `fetch` brings from the Hub's cache, a file or a directory, once its hashes are those that the Hub announced.
 
-    A file with another hash, which may have lain there since an earlier run, is removed and fetched again, once. Offline, where
-    nothing can be fetched, it is left alone.
+    A file with another hash, which may have lain there since an earlier run, is removed and fetched again, once; what is
+    wrong again is removed, too. Offline, where nothing can be fetched, it is left alone.
 
     Raises:
-        HubError: there is still a file with another hash, or one that was removed did not come again.
+        HubError: a file came again with another hash, or not at all; offline, one has another hash.
     """
     path = fetch()
     if wrong := _wrong(path):
@@ -169,6 +169,8 @@ def sound(fetch: Callable[[], Path], what: str, *, offline: bool) -> Path:
                 _remove(each)
             path = fetch()
             wrong = [each for each in wrong if not each.exists()] + _wrong(path)
+            for each in wrong:
+                _remove(each)
         if wrong:
             raise HubError(
                 f"what there is of {safe(what)} is not what the Hub announced",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Lab
+from faults.lab import Lab, went_on
 from tiny.small_runs import adapter_hash
 
 NEWEST = "checkpoint-4"
@@ -31,21 +31,27 @@ def _zeroed(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def _flipped(path: Path) -> None:
-    """One bit, three quarters in: among the tensors of those that hold some."""
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    path.write_bytes(data)
+def _changed_at(share: float) -> Callable[[Path], None]:
+    def changed(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(len(data) * share)] ^= 1
+        path.write_bytes(data)
+
+    changed.__name__ = f"_flipped_at_{share:.3f}"
+    return changed
 
 
-DAMAGES: tuple[Callable[[Path], None], ...] = (_missing, _empty, _half, _zeroed, _flipped)
+DAMAGES: tuple[Callable[[Path], None], ...] = (_missing, _empty, _half, _zeroed, _changed_at(0.75))
+"""The bit that is flipped three quarters in lies among the tensors of files that hold some."""
+PLACES_IN_THE_MARKER = (0.02, 0.1, 0.3, 0.5, 0.9)
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     with lab.place("damage") as place:
         expected, killed = _killed_run(lab, place)
         cases = list(_cases(killed / "checkpoints" / NEWEST))
-        yield _ours(lab, killed, expected, cases if whole else cases[::8], _plain(lab, place) if whole else "")
+        beside = _plain(lab, place) if whole else ""
+        yield _ours(lab, killed, expected, cases if whole else cases[::9], beside, at_least=55 if whole else 1)
         yield _strangers(lab, killed, expected)
 
 
@@ -75,10 +81,12 @@ def _cases(checkpoint: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for path in sorted(checkpoint.iterdir()):
         for damage in DAMAGES:
             yield path.name, damage
+    for place in PLACES_IN_THE_MARKER:
+        yield "politune-commit.json", _changed_at(place)
 
 
 def _ours(
-    lab: Lab, killed: Path, expected: str, cases: list[tuple[str, Callable[[Path], None]]], beside: str
+    lab: Lab, killed: Path, expected: str, cases: list[tuple[str, Callable[[Path], None]]], beside: str, at_least: int
 ) -> Figure:
     def trial(case: tuple[str, Callable[[Path], None]]) -> str | None:
         name, damage = case
@@ -94,7 +102,7 @@ def _ours(
     what = (
         "a file of the newest checkpoint missing, empty, half, zeroed, one bit flipped: the one before is used, equal"
     )
-    return count(what, side_by_side(trial, cases), beside=beside)
+    return count(what, side_by_side(trial, cases), beside=beside, at_least=at_least)
 
 
 def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
@@ -123,7 +131,8 @@ def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
             shutil.copytree(killed, place / "run")
             change(place / "run" / "checkpoints" / NEWEST)
             ended = lab.run([*lab.train(place / "run", train__save_total_limit=1), "--resume"])
-            good = ended.code == 0 and adapter_hash(place / "run") == expected
+            step = None if change is backup_of_a_user else 2 if change in (extra_file,) else 4
+            good = ended.code == 0 and adapter_hash(place / "run") == expected and went_on(ended, step)
             for name in {"backup_of_a_user": ["backup"], "copies_of_a_user": ["best-4", "copy"]}.get(
                 change.__name__, []
             ):
@@ -132,7 +141,8 @@ def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
 
     changes = (extra_file, number_of_nobody, copies_of_a_user, backup_of_a_user, file_of_that_name)
     return count(
-        "what does not belong among the checkpoints: not used, not deleted, equal", side_by_side(trial, changes)
+        "what does not belong among the checkpoints: not used, a user's own not deleted, equal",
+        side_by_side(trial, changes),
     )
 
 
@@ -160,8 +170,11 @@ def _plain(lab: Lab, place: Path) -> str:
             ends["equal" if same else "crashed" if ended.code else "other weights in silence"] += 1
             ends["fell back"] += "step 3" in ended.out
 
-    side_by_side(trial, _cases(whole / NEWEST))
+    cases = [(path.name, damage) for path in sorted((whole / NEWEST).iterdir()) for damage in DAMAGES]
+    found = side_by_side(trial, cases)
+    assert not any(found), found
     total = sum(ends.values()) - ends["fell back"]
+    assert ends["equal"] < total, "the same harness finds nothing wrong with TRL's trainer alone"
     parts = ", ".join(f"{number} {name}" for name, number in sorted(ends.items()) if number and name != "fell back")
     return f"TRL's trainer alone, {total}: {parts}; {ends['fell back']} fell back"
 

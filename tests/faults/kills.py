@@ -4,6 +4,7 @@ import multiprocessing.connection
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,58 +13,108 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from faults.damage import train_plainly
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Child, Ended, Lab
+from faults.lab import Child, Ended, Lab, committed, went_on
 from tiny.small_runs import adapter_hash
 
 OPERATIONS = ("openat", "write", "pwrite64", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir",
               "mkdirat", "fsync", "fdatasync", "ftruncate", "chmod", "fchmod", "link", "flock")  # fmt: skip
 GROWING = ("log.jsonl", "trainer_state.json")
-"""What holds a line for every step of a run."""
+"""What holds a line for every step of a run: not a part of the disk that has to stay flat."""
 WRITES = re.compile(r"^\d+ +(\w+)\((.*)$")
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     with lab.place("expected") as place:
         argv = lab.train(place / "run", train__save_steps=1)
-        assert lab.run(argv).code == 0
+        ended = lab.run(argv)
+        assert ended.code == 0
         expected = adapter_hash(place / "run")
-        yield _killed(lab, expected, 200 if whole else 6, seed=1)
-        yield _killed_at_operations(lab, expected, None if whole else 6, twice=False)
-        yield _killed_at_operations(lab, expected, None if whole else 3, twice=True)
-    yield _signalled(lab, 40 if whole else 4, seed=2)
+    beside = _plain_killed(lab, 20, seed=1) if whole else ""
+    yield _killed(lab, expected, ended.seconds, 200 if whole else 6, seed=1, beside=beside)
+    yield from _killed_at_operations(lab, expected, None if whole else 4, seed=8)
+    yield _signalled(lab, 40 if whole else 3, seed=2)
     yield _pressed_twice(lab, 10 if whole else 1, seed=3)
     yield _races(lab, 50 if whole else 3)
     yield _cycles(lab, 300 if whole else 3, seed=4)
 
 
-def _killed(lab: Lab, expected: str, trials: int, seed: int) -> Figure:
-    """Six of ten inside a save: the child marks where it is, and what the mark says when it is dead is what counts."""
+def _killed(lab: Lab, expected: str, seconds: float, trials: int, seed: int, beside: str) -> Figure:
+    """Six of ten inside a save: the child marks where it is, and what the mark says when it is dead is what counts.
+
+    A run that was over before it could be killed is no trial: it is begun anew, and killed earlier.
+    """
     draw = random.Random(seed)
-    inside = Counter[str]()
+    where = Counter[str]()
 
     def trial(case: tuple[int, float]) -> str | None:
         save, moment = case
         with lab.place("kill") as place:
-            argv = lab.train(place / "run", train__save_steps=1)
+            out = place / "run"
+            argv = lab.train(out, train__save_steps=1)
             mark = place / "mark"
-            mark.write_bytes(b"\0\0")
-            child = lab.start(argv, before=mark_saves, given=[mark])
-            if save:
-                _wait(child, lambda: mark.read_bytes()[1] >= save)
-            time.sleep(moment)
-            child.send(signal.SIGKILL)
-            ended = child.wait()
-            inside["save"] += ended.code < 0 and mark.read_bytes()[0]
-            return _flaw(lab.go_on(argv), place / "run", expected, f"killed at {case}")
+            for _ in range(20):
+                mark.write_bytes(b"\0\0")
+                child = lab.start(argv, before=mark_saves, given=[mark])
+                if save:
+                    _wait(child, lambda: mark.read_bytes()[1] >= save)
+                time.sleep(moment)
+                child.send(signal.SIGKILL)
+                if child.wait().code == -signal.SIGKILL:
+                    break
+                shutil.rmtree(out)
+                moment *= 0.8
+            else:
+                return f"{case}: it could not be killed"
+            where["inside a save"] += mark.read_bytes()[0]
+            where["before the first checkpoint"] += committed(out) is None
+            return _flaw(lab, argv, out, expected, f"killed at {case}")
 
     cases = [(draw.randint(1, 6), draw.uniform(0, 0.012)) for _ in range(trials * 6 // 10)]
-    cases += [(0, draw.uniform(0, 1.1)) for _ in range(trials - len(cases))]
+    cases += [(0, draw.uniform(0, seconds)) for _ in range(trials - len(cases))]
     found = side_by_side(trial, cases)
-    if inside["save"] < 0.3 * trials:
-        found.append(f"only {inside['save']} of {trials} were killed inside a save")
-    beside = f"{inside['save']} of them inside a save"
-    return count("`kill -9` at a random moment, then the command again: equal", found, seed=seed, beside=beside)
+    if trials >= 200 and where["inside a save"] < 60:
+        found.append(f"only {where['inside a save']} of {trials} were killed inside a save")
+    notes = [f"{number} of them {name}" for name, number in where.items()] + [beside] * bool(beside)
+    what = "`kill -9` at a random moment, then the command again: goes on from the newest checkpoint, equal"
+    return count(what, found, seed=seed, beside="; ".join(notes))
+
+
+def _plain_killed(lab: Lab, trials: int, seed: int) -> str:
+    """The same inside a save of TRL's trainer alone: the harness has to find what is wrong there."""
+    draw = random.Random(seed)
+    ends = Counter[str]()
+    with lab.place("plain") as place:
+        assert lab.run([], before=train_plainly, given=[lab.base, lab.pairs, place, False]).code == 0
+        expected = adapter_hash(place)
+
+    def trial(case: tuple[int, float]) -> None:
+        save, moment = case
+        with lab.place("plain") as place:
+            mark = place / "mark"
+            mark.write_bytes(b"\0\0")
+            given = [lab.base, lab.pairs, place / "run"]
+            child = lab.start([], before=train_plainly_marked, given=[mark, *given, False])
+            _wait(child, lambda: mark.read_bytes()[1] >= save)
+            time.sleep(moment)
+            child.send(signal.SIGKILL)
+            assert child.wait().code == -signal.SIGKILL
+            ended = lab.run([], before=train_plainly, given=[*given, True])
+            same = adapter_hash(place / "run") == expected
+            ends["equal" if same else "crashed" if ended.code else "other weights in silence"] += 1
+
+    found = side_by_side(trial, [(draw.randint(2, 3), draw.uniform(0, 0.012)) for _ in range(trials)])
+    assert not any(found), found
+    assert ends["equal"] < trials, "the same harness finds nothing wrong with TRL's trainer alone"
+    parts = ", ".join(f"{number} {name}" for name, number in sorted(ends.items()))
+    return f"TRL's trainer alone, killed inside a save, {trials}: {parts}"
+
+
+def train_plainly_marked(mark: Path, base: Path, pairs: Path, out: Path, resume: bool) -> None:
+    """In the child."""
+    mark_saves(mark)
+    train_plainly(base, pairs, out, resume)
 
 
 def mark_saves(mark: Path) -> None:
@@ -89,8 +140,13 @@ def mark_saves(mark: Path) -> None:
     Trainer._save_checkpoint, Commit.on_save = begun, committed
 
 
-def _killed_at_operations(lab: Lab, expected: str, most: int | None, *, twice: bool) -> Figure:
-    """strace kills the process before the k-th call of one kind, from the last save to the end of the run."""
+def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) -> Iterator[Figure]:
+    """strace kills the process before the k-th call of one kind, from the last save to the end of the run.
+
+    What is left goes on twice: to its end, and, as a copy, to be killed once more at an operation of the resumed run, which is
+    drawn from a trace of what such a run does.
+    """
+    draw = random.Random(seed)
     with lab.place("trace") as place:
         log = place / "log"
         ended = _traced(lab, place / "run", log, ["-e", f"trace={','.join(OPERATIONS)}"])
@@ -98,25 +154,42 @@ def _killed_at_operations(lab: Lab, expected: str, most: int | None, *, twice: b
         moments = list(_changes(log.read_text(errors="replace")))
     if most is not None:
         moments = moments[:: max(1, len(moments) // most)][:most]
-    elif twice:
-        moments = moments[::4]
+    draws = {moment: draw.random() for moment in moments}
 
-    def trial(moment: tuple[str, int]) -> str | None:
+    def trial(moment: tuple[str, int]) -> list[str | None]:
         with lab.place("operation") as place:
             name, number = moment
-            inject = ["-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}"]
-            ended = _traced(lab, place / "run", place / "log", inject)
-            if ended.code == 0:
-                return f"{moment} did not come"
-            if twice:
-                _traced(lab, place / "run", place / "log2", inject, resume=True)
-            argv = lab.train(place / "run", train__save_steps=1, train__save_total_limit=2)
-            return _flaw(lab.go_on(argv), place / "run", expected, f"killed before {name} number {number}")
+            out, again = place / "run", place / "again"
+            ended = _traced(lab, out, place / "log", _kill_at(moment))
+            if ended.code != -signal.SIGKILL:
+                return [f"{moment} did not come: {ended.code}"] * 2
+            for copy in (again, place / "traced"):
+                shutil.copytree(out, copy)
+            argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
+            first = _flaw(lab, argv, out, expected, f"killed before {name} number {number}")
+            return [first, twice(place, again, draws[moment])]
 
+    def twice(place: Path, out: Path, share: float) -> str | None:
+        log = place / "resumed"
+        _traced(lab, place / "traced", log, ["-e", f"trace={','.join(OPERATIONS)}"], resume=True)
+        changes = list(_changes(log.read_text(errors="replace")))
+        second = changes[int(share * len(changes))]
+        ended = _traced(lab, out, place / "log2", _kill_at(second), resume=True)
+        if ended.code != -signal.SIGKILL:
+            return f"{second} of the resumed run did not come: {ended.code}"
+        argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
+        return _flaw(lab, argv, out, expected, f"killed once more, before {second[0]} number {second[1]}")
+
+    found = [each if isinstance(each, list) else [each] * 2 for each in side_by_side(trial, moments)]
     what = "killed before each file operation of one save, rotation and export"
-    again = ", and once more in the resumed run" if twice else ""
-    beside = f"of {', '.join(sorted({name for name, _ in moments}))}" if most is None and not twice else ""
-    return count(f"{what}{again}: equal", side_by_side(trial, moments), beside=beside)
+    beside = f"of {', '.join(sorted({name for name, _ in moments}))}"
+    yield count(f"{what}: goes on from the newest checkpoint, equal", [each[0] for each in found], beside=beside)
+    yield count(f"{what}, and once more at one of the resumed run: equal", [each[1] for each in found], seed=seed)
+
+
+def _kill_at(moment: tuple[str, int]) -> list[str]:
+    name, number = moment
+    return ["-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}"]
 
 
 def _changes(log: str) -> Iterator[tuple[str, int]]:
@@ -134,10 +207,11 @@ def _changes(log: str) -> Iterator[tuple[str, int]]:
 
 
 def _traced(lab: Lab, out: Path, log: Path, options: list[str], *, resume: bool = False) -> Ended:
-    """A run of six steps that waits before its last save until strace has taken hold of it."""
+    """A run of six steps that waits until strace has taken hold of it: before its last save, a resumed one at its start."""
     argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
     ready, go = log.with_name(f"{log.name}.ready"), log.with_name(f"{log.name}.go")
-    child = lab.start([*argv, "--resume"] if resume else argv, before=pause_before_the_last_save, given=[ready, go])
+    pause = pause_here if resume else pause_before_the_last_save
+    child = lab.start([*argv, "--resume"] if resume else argv, before=pause, given=[ready, go])
     _wait(child, ready.exists)
     command = ["strace", "-f", "-qq", "-o", str(log), *options, "-p", str(child.process.pid)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
@@ -145,6 +219,13 @@ def _traced(lab: Lab, out: Path, log: Path, options: list[str], *, resume: bool 
             time.sleep(0.002)
         go.touch()
         return child.wait()
+
+
+def pause_here(ready: Path, go: Path) -> None:
+    """In the child."""
+    ready.touch()
+    while not go.exists():
+        time.sleep(0.002)
 
 
 def pause_before_the_last_save(ready: Path, go: Path) -> None:
@@ -155,9 +236,7 @@ def pause_before_the_last_save(ready: Path, go: Path) -> None:
 
     def paused(self: Trainer, *args: object, **kwargs: object) -> object:
         if self.state.global_step == self.state.max_steps:
-            ready.touch()
-            while not go.exists():
-                time.sleep(0.002)
+            pause_here(ready, go)
         return save(self, *args, **kwargs)
 
     Trainer._save_checkpoint = paused
@@ -174,7 +253,7 @@ def _is_traced(pid: int | None) -> bool:
 def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
     """A tenth of them to a process that still imports its libraries, the others to one that has them.
 
-    SIGUSR1 announces an end, and counts as SIGTERM.
+    SIGUSR1 announces an end, and counts as SIGTERM. A run that was done before the signal came is no trial: another is drawn.
     """
     draw = random.Random(seed)
     settings = {"train__num_train_epochs": 4, "train__save_steps": 8}
@@ -187,33 +266,27 @@ def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
         number, share, is_cold = case
         with lab.place("signal") as place:
             argv, out = lab.train(place / "run", **settings), place / "run"
-            if is_cold:
-                code, last = _signal_a_cold_one(lab, argv, number, share * 7)
-            else:
-                child = lab.start(argv)
-                time.sleep(share * seconds)
-                child.send(number)
-                sent = time.monotonic()
-                ended = child.wait()
-                code, last = ended.code, ended.last
-                if time.monotonic() - sent > 5:
-                    return f"{case}: took {time.monotonic() - sent:.1f} s to leave"
+            for _ in range(20):
+                code, last, took = _signal(lab, argv, number, share * (7 if is_cold else seconds), is_cold)
+                if not _is_done(out):
+                    break
+                shutil.rmtree(out)
+                share *= 0.8
             codes[code] += 1
             # Before anything of politune runs, the system's own answer stands: a shell shows it as the same number.
             before_it_began = not out.exists() and code == -number
-            expected_code = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
-            if code not in (0, expected_code) and not before_it_began:
+            if code != 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number) and not before_it_began:
                 return f"{case}: {code} {last}"
-            if code > 0 and out.exists() and "go on with: politune" not in last:
+            if took > 3:
+                return f"{case}: took {took:.1f} s to leave"
+            if out.exists() and "go on with: politune" not in last:
                 return f"{case}: no command to resume: {last}"
             if adapter_hash(out) not in ("none", expected):
                 return f"{case}: an adapter that is not the whole run's"
-            if code and (out / "adapter").exists() and 'status": "done' in (out / "run.json").read_text():
-                return f"{case}: ended badly, and says done"
-            return _flaw(lab.go_on(argv), out, expected, str(case))
+            return _flaw(lab, argv, out, expected, str(case))
 
     cases = [
-        (draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)), draw.uniform(0, 1), index % 10 == 9)
+        (draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)), draw.uniform(0, 1), index % 10 == 0)
         for index in range(trials)
     ]
     found = side_by_side(trial, cases)
@@ -222,7 +295,23 @@ def _signalled(lab: Lab, trials: int, seed: int) -> Figure:
     return count(what, found, seed=seed, beside=f"exit codes {ends}")
 
 
-def _signal_a_cold_one(lab: Lab, argv: list[object], number: int, moment: float) -> tuple[int, str]:
+def _signal(lab: Lab, argv: list[object], number: int, moment: float, is_cold: bool) -> tuple[int, str, float]:
+    """(exit code, last line, seconds from the signal to the end)."""
+    if is_cold:
+        return _signal_a_cold_one(lab, argv, number, moment)
+    child = lab.start(argv)
+    time.sleep(moment)
+    child.send(number)
+    sent = time.monotonic()
+    ended = child.wait()
+    return ended.code, ended.last, time.monotonic() - sent
+
+
+def _is_done(out: Path) -> bool:
+    return ((out / "run.json").exists()) and '"status": "done"' in (out / "run.json").read_text()
+
+
+def _signal_a_cold_one(lab: Lab, argv: list[object], number: int, moment: float) -> tuple[int, str, float]:
     command = [sys.executable, "-m", "politune", *map(str, argv)]
     environment = {**os.environ, **lab.environment}
     with subprocess.Popen(
@@ -230,8 +319,9 @@ def _signal_a_cold_one(lab: Lab, argv: list[object], number: int, moment: float)
     ) as process:
         time.sleep(moment)
         process.send_signal(number)
+        sent = time.monotonic()
         _, err = process.communicate()
-    return process.returncode, (err.strip().splitlines() or [""])[-1]
+    return process.returncode, (err.strip().splitlines() or [""])[-1], time.monotonic() - sent
 
 
 def _pressed_twice(lab: Lab, trials: int, seed: int) -> Figure:
@@ -244,6 +334,7 @@ def _pressed_twice(lab: Lab, trials: int, seed: int) -> Figure:
             _wait(child, (place / "there").exists)
             child.send(signal.SIGINT)
             time.sleep(pause)
+            assert child.code is None, "the first one alone has ended it"
             child.send(signal.SIGINT)
             sent = time.monotonic()
             ended = child.wait()
@@ -270,25 +361,52 @@ def stay_in_a_step(there: Path) -> None:
 
 
 def _races(lab: Lab, trials: int) -> Figure:
-    def trial(number: int) -> str | None:
-        with lab.place("race") as place:
-            argv, at = lab.train(place / "run", train__max_steps=2), time.monotonic() + 0.15
-            both = [lab.start(argv, before=wait_until, given=[at]) for _ in range(2)]
-            multiprocessing.connection.wait([child.process.sentinel for child in both])
-            took = time.monotonic() - at
-            ended = sorted((child.wait() for child in both), key=lambda each: each.code)
-            codes = [each.code for each in ended]
-            good = codes == [0, 7] and took < 1 and "Traceback" not in ended[1].err
-            return None if good else f"race {number}: {codes}, the first gone after {took:.2f} s: {ended[1].last}"
+    """Both have found the directory free before either of them takes its lock."""
 
+    def race(before: Callable[..., None]) -> tuple[list[int], str, float]:
+        with lab.place("race") as place:
+            argv = lab.train(place / "run", train__max_steps=2)
+            both = [lab.start(argv, before=before, given=[place, number]) for number in range(2)]
+            _wait(both[0], lambda: all((place / str(number)).exists() for number in range(2)))
+            met = time.monotonic()
+            multiprocessing.connection.wait([child.process.sentinel for child in both])
+            took = time.monotonic() - met
+            ended = sorted((child.wait() for child in both), key=lambda each: each.code)
+            return [each.code for each in ended], ended[1].err, took
+
+    def trial(number: int) -> str | None:
+        codes, err, took = race(meet)
+        good = codes == [0, 7] and took < 1 and "another run is at work" in err and "Traceback" not in err
+        return None if good else f"race {number}: {codes}, the first gone after {took:.2f} s: {err[-200:]}"
+
+    codes, err, _ = race(meet_without_a_lock)
+    assert codes != [0, 7] or "another run is at work" not in err, "the same race finds nothing wrong without the lock"
     # One after the other: both of a race shall have a core.
     return count("two runs begun at once in one directory: one trains, one leaves with 7 within a second",
                  (trial(number) for number in range(trials)))  # fmt: skip
 
 
-def wait_until(moment: float) -> None:
+def meet(place: Path, number: int) -> None:
+    """In the child: waits for the other one between the look at the directory and the lock."""
+    from politune.training import directory
+
+    make = directory._make
+
+    def met(path: Path) -> None:
+        make(path)
+        (place / str(number)).touch()
+        while not (place / str(1 - number)).exists():
+            time.sleep(0.0002)
+
+    directory._make = met
+
+
+def meet_without_a_lock(place: Path, number: int) -> None:
     """In the child."""
-    time.sleep(max(0.0, moment - time.monotonic()))
+    from politune import locks
+
+    meet(place, number)
+    locks.locked = lambda handle, directory: True
 
 
 def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
@@ -300,22 +418,23 @@ def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
         out = place / "run"
         argv = lab.train(out, **settings)
         for cycle in range(cycles):
+            before = committed(out)
             child = lab.start([*argv, "--resume"] if cycle else argv, before=count_open_files, given=[place / "opened"])
             steps = draw.randint(2, 4)
             _wait(child, lambda: (place / "opened").exists() and len((place / "opened").read_text().split()) >= steps)  # noqa: B023
             time.sleep(draw.uniform(0, 0.02))
             child.send(signal.SIGKILL)
             ended = child.wait()
+            good = ended.code == -signal.SIGKILL and went_on(ended, before)
             opened.append(int(((place / "opened").read_text().split() or ["0"])[-1]))
             (place / "opened").unlink()
-            failures.append(None if ended.code == -signal.SIGKILL else f"cycle {cycle}: {ended.code} {ended.last}")
+            failures.append(None if good else f"cycle {cycle}: {ended.code} {ended.last}")
             paths = list(out.rglob("*"))
             names.append(len(paths))
             sizes.append(sum(path.stat().st_size for path in paths if path.is_file() and path.name not in GROWING))
-        ended = lab.run([*argv, "--resume"])
         once = place / "once"
-        lab.run([each if each != f"train.output_dir={out}" else f"train.output_dir={once}" for each in argv])
-        failures.append(_flaw(ended, out, adapter_hash(once), "the end of it"))
+        lab.run(lab.train(once, **settings))
+        failures.append(_flaw(lab, argv, out, adapter_hash(once), "the end of it"))
         left = [path.name for path in out.rglob(".*") if path.name not in (".politune.lock",)]
     third = max(1, cycles // 3)
     grown = max(names[-third:]) - max(names[:third]), max(sizes[-third:]) / max(sizes[:third]) - 1
@@ -342,12 +461,16 @@ def count_open_files(path: Path) -> None:
     StepClock.on_step_end = written
 
 
-def _flaw(ended: Ended, out: Path, expected: str, case: str) -> str | None:
-    """What is wrong with a run that went on; None where nothing is."""
+def _flaw(lab: Lab, argv: list[object], out: Path, expected: str, case: str) -> str | None:
+    """Goes on with a run; what is wrong with how it did, None where nothing is."""
+    step, was_done = committed(out), _is_done(out)
+    ended = lab.go_on(argv)
     found = adapter_hash(out)
-    if ended.code == 0 and found == expected and "Traceback" not in ended.err:
+    on_the_way = "nothing left to train" in ended.err if was_done else went_on(ended, step)
+    if ended.code == 0 and found == expected and on_the_way and "Traceback" not in ended.err:
         return None
-    return f"{case}: {ended.code}, adapter {found[:8]} for {expected[:8]}: {ended.last}"
+    state = "done" if was_done else f"step {step}"
+    return f"{case}: {ended.code}, adapter {found[:8]} for {expected[:8]}, from {state}: {ended.err[-300:]}"
 
 
 def _wait(child: Child, is_there: Callable[[], bool]) -> None:

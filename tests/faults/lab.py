@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import re
 import shutil
 import signal
 import sys
@@ -65,11 +66,16 @@ class Child:
                 os.kill(self.process.pid, number)
 
     def wait(self, limit: float = LIMIT_SECONDS) -> Ended:
-        """Until it has ended; after the limit it is killed, and the code is that of SIGKILL."""
+        """Until it has ended.
+
+        Raises:
+            TimeoutError: it was killed after the limit, in seconds.
+        """
         multiprocessing.connection.wait([self.process.sentinel], limit)
         if self.code is None:
             self.send(signal.SIGKILL)
             multiprocessing.connection.wait([self.process.sentinel])
+            raise TimeoutError(f"it had not ended after {limit:.0f} s")
         seconds = time.monotonic() - self.started
         texts = (path.read_bytes() if path.exists() else b"" for path in (self.out, self.err))
         out, err = (text.decode("utf-8", "replace") for text in texts)
@@ -163,6 +169,23 @@ class Lab:
             shutil.rmtree(path)
         else:
             EVIDENCE.places.append(path)
+
+
+def committed(out: Path) -> int | None:
+    """The step of a run's newest checkpoint that counts, None where there is none."""
+    steps = [
+        int(path.parent.name.rpartition("-")[2]) for path in out.glob("checkpoints/checkpoint-*/politune-commit.json")
+    ]
+    return max(steps, default=None)
+
+
+def went_on(ended: Ended, step: int | None) -> bool:
+    """Whether a run went on from the newest checkpoint that counted, or from the first step where there was none.
+
+    Equal bytes alone say nothing of it: a run that begins anew has them as well.
+    """
+    said = re.findall(r"resuming from checkpoint-(\d+)", ended.err)
+    return said == ([] if step is None else [str(step)])
 
 
 def _toml(value: object) -> str:

@@ -51,7 +51,7 @@ def test_an_unfinished_one_is_set_aside_until_enough_whole_ones_came_after_it(tm
         assert (aside / "optimizer.pt").read_bytes() == b"moments"
         write(tmp_path, step)
         checkpoints.rotate(tmp_path, keep)
-    assert not aside.exists()
+    assert not aside.parent.exists()
 
 
 def test_a_damaged_one_stays_aside(tmp_path: Path) -> None:

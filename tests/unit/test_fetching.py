@@ -37,6 +37,7 @@ def test_a_wrong_file_is_removed_and_fetched_once_more(tmp_path: Path) -> None:
     assert fetching.sound(fetch, "owner/name", offline=False).read_bytes() == BODY
     with pytest.raises(HubError, match=r"what there is of owner/name is not what the Hub announced.*file.txt"):
         fetching.sound(lambda: in_cache(tmp_path, GIT, b"something else\n"), "owner/name", offline=False)
+    assert not list((tmp_path / "blobs").iterdir())
 
 
 def test_offline_a_wrong_file_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ TRL's trainer writes `checkpoint-N` in place, file by file. A checkpoint counts 
 the newest one whose files still have the marker's hashes and sets the others aside.
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -55,6 +56,8 @@ def rotate(directory: Path, keep: int) -> None:
         for checkpoint in _written(directory / SET_ASIDE):
             if not (checkpoint / MARKER).exists():
                 shutil.rmtree(checkpoint)
+        with contextlib.suppress(OSError):  # damaged ones stay in it
+            (directory / SET_ASIDE).rmdir()
 
 
 def newest(directory: Path, set_aside: Callable[[str], None] | None = None) -> Path | None:

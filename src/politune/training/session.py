@@ -12,7 +12,7 @@ from typing import Any
 from politune import plan, record
 from politune.config import Run
 from politune.data import format as rows_format
-from politune.errors import ConfigError, PolituneError, TrainingError, safe
+from politune.errors import ConfigError, ModelError, PolituneError, TrainingError, safe
 from politune.lean.midway import Midway
 from politune.models import files, load
 from politune.presets import flatten
@@ -219,6 +219,7 @@ class Session:
 
         Raises:
             Interrupted: a signal came; the step is saved.
+            ModelError: the checkpoint holds what no run like this one writes.
             TrainingError: not a finite number, or out of memory.
         """
         from transformers import set_seed
@@ -229,6 +230,11 @@ class Session:
             if self.first_step == steps:
                 self._take_adapter(checkpoint)
                 return
+            if self.trainer.accelerator.scaler is None and (checkpoint / "scaler.pt").exists():
+                raise ModelError(
+                    f"{checkpoint.name} holds a scaler.pt, which no run without --fp16 writes",
+                    fix="take no checkpoints from somebody whom you do not trust",
+                )
         set_seed(self.run.train.seed)
         self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds = time.monotonic() - self.started
