@@ -105,6 +105,9 @@ def _report_unforeseen(error: Exception) -> int:
         name, again = safe(error.name), "install politune again: pip install politune"
         _complain(f"the library {name} is missing. {again}; `politune doctor` shows the libraries")
         return MachineError.exit_code
+    if isinstance(error, MemoryError):
+        _complain("this machine has too little free memory for it; `politune doctor` shows it under memory")
+        return MachineError.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         _complain("no space left where the output goes")
         return OutputError.exit_code

@@ -1,4 +1,4 @@
-"""What the safety of a run costs: the seconds inside its guards, in the run of a shipped preset, beside those of the run."""
+"""What the safety of a run costs: the seconds inside its guards, in the run of a shipped preset, beside its training loop's."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ from faults.lab import Lab
 from politune.models import demo
 
 MOST = 0.02
+TIMES = 2
 GUARDS = {
     "politune.training.callbacks": (
         "Commit.on_save", "FiniteGuard.on_pre_optimizer_step", "FiniteGuard.on_step_end", "StopOnSignal.on_step_end",
@@ -31,8 +32,23 @@ GUARDS = {
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
-    if not whole or not demo.is_ready(demo.checkpoint_directory()):
+    if not whole:
         return
+    what = (
+        f"what survival costs in a run of `demo-left`: under {MOST:.0%} of the training loop's time (`train_runtime`, without "
+        "imports, loading and export), the guards before and after the loop counted in"
+    )
+    if demo.is_ready(demo.checkpoint_directory()):
+        measured = [_measure(lab) for _ in range(TIMES)]
+        _, told = max(measured)
+        beside = f"{told}; the worse of {TIMES} runs, the other {min(measured)[0]:.2%}"
+        yield count(what, [None if share < MOST else told for share, told in measured], beside=beside, at_least=TIMES)
+    else:
+        yield count(what, ["nothing was measured: the demo model is not here; `make demo` fetches it"], at_least=TIMES)
+
+
+def _measure(lab: Lab) -> tuple[float, str]:
+    """(the guards' share of the training loop's seconds, where it went) in one run."""
     with lab.place("cost") as place:
         argv = ["train", "dpo", "--preset", "demo-left", "--offline", "--output-dir", str(place / "run")]
         code = "import sys; from pathlib import Path; from faults.cost import timed; timed(Path(sys.argv.pop(1)))"
@@ -41,20 +57,15 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
             "OMP_NUM_THREADS": str(os.cpu_count()),
             "XDG_CACHE_HOME": str(Path.home() / ".cache"),
         }
-        started = time.monotonic()
         subprocess.run(
             [sys.executable, "-c", code, place / "seconds", *argv], env=environment, capture_output=True, check=True
         )
-        whole_run = time.monotonic() - started
         seconds: dict[str, float] = json.loads((place / "seconds").read_text())
-    share = sum(seconds.values()) / whole_run
+        lines = [json.loads(line) for line in (place / "run" / "log.jsonl").read_text().splitlines()]
+        loop = next(line["train_runtime"] for line in lines if "train_runtime" in line)
+    share = sum(seconds.values()) / loop
     largest = ", ".join(f"{name} {value:.2f} s" for name, value in Counter(seconds).most_common(3))
-    beside = f"{share:.2%} of {whole_run:.0f} s; most of it: {largest}"
-    yield count(
-        f"what all this costs of a run of `demo-left`: under {MOST:.0%}",
-        [None if share < MOST else beside],
-        beside=beside,
-    )
+    return share, f"{share:.2%} of {loop:.0f} s; most of it: {largest}"
 
 
 def timed(result: Path) -> None:
@@ -76,12 +87,14 @@ def timed(result: Path) -> None:
 
 
 def _clocked(function: Callable[..., Any], name: str, seconds: Counter[str]) -> Callable[..., Any]:
+    """The function with a clock, which stands still in a guard that another one calls: its seconds count once."""
+
     @functools.wraps(function)
     def clocked(*args: Any, **kwargs: Any) -> Any:
-        started = time.monotonic()
+        started, inside = time.monotonic(), seconds.total()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds[name] += time.monotonic() - started  # type: ignore[assignment]
+            seconds[name] += time.monotonic() - started - (seconds.total() - inside)  # type: ignore[assignment]
 
     return clocked

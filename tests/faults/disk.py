@@ -1,20 +1,28 @@
-"""Disks that are full, read-only or gone: a file system of its own for each trial (root, or `unshare -Urm`)."""
+"""Disks that are full, read-only or too small: a file system of its own for each trial.
+
+That takes the right to mount: root, or `unshare -Urm`. Without it the whole of the trials fails, saying so; a part of them, as in
+`make test`, leaves out what needs a disk of its own.
+"""
 
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from faults.damage import die_in_step
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Lab
+from faults.lab import Ended, Lab
 from tiny.small_runs import adapter_hash
+
+DRAWS = 8
+"""Of a size, each smaller than the last: a run that a size was enough for has not met it."""
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
@@ -23,9 +31,12 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         expected = adapter_hash(place / "run")
         size = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
     if _can_mount(lab):
-        yield _full(lab, expected, size, 40 if whole else 3, seed=6)
+        yield _full(lab, expected, size, 40 if whole else 2, seed=6)
         yield _read_only(lab, expected)
-        yield _too_small(lab)
+        yield _too_small(lab, (100_000, 200_000, 300_000) if whole else (100_000,))
+    elif whole:
+        need = "nothing was tried: no right to mount a disk; run `unshare -Urm make faults`, or as root"
+        yield count("a disk of its own for each trial: full, read-only, too small", [need])
     yield _too_large(lab, expected, size, 20 if whole else 2, seed=7)
     yield _odd_places(lab)
 
@@ -52,7 +63,7 @@ def _remount(path: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", path], check=True, capture_output=True)
 
 
-def _too_small(lab: Lab) -> Figure:
+def _too_small(lab: Lab, rooms: Sequence[int]) -> Figure:
     """Refused by the plan, before the model is loaded: the adapter, and the checkpoints that stand beside one another."""
 
     def trial(room: int) -> str | None:
@@ -61,38 +72,72 @@ def _too_small(lab: Lab) -> Figure:
             good = ended.code == 7 and "and its disk has" in ended.last and "loading" not in ended.err
             return None if good else f"{room} bytes: {ended.code} {ended.last}"
 
-    return count(
-        "a disk that cannot hold what the plan says: 7, before the model is loaded", side_by_side(trial, [100_000])
-    )
+    what = "a disk that cannot hold what the plan says: 7, before the model is loaded"
+    return count(what, side_by_side(trial, rooms), at_least=len(rooms))
 
 
 def _full(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
-    """Sizes from what holds run.json alone to what the whole run takes, and some that are just enough."""
-    draw = random.Random(seed)
-    codes, kept = Counter[int](), Counter[int]()
+    """Sizes from what holds run.json alone to what the whole run takes."""
+    kept = Counter[int]()
 
-    def trial(room: int) -> str | None:
+    def attempt(room: int) -> tuple[int, str | None]:
         with lab.place("full") as place, _disk(place / "disk", room) as disk:
             argv = lab.train(disk / "run", train__save_steps=1)
             # The plan would refuse most of these before the first step: here it is the disk itself that says so.
             ended = lab.run(argv, before=expect_no_disk)
-            checkpoints = sorted((disk / "run" / "checkpoints").glob("checkpoint-*/politune-commit.json"))
-            codes[ended.code] += 1
-            kept[len(checkpoints)] += 1
-            if ended.code not in (0, 7) or "Traceback" in ended.err:
-                return f"{room} bytes: {ended.code} {ended.last}"
+            newest = _newest_committed(disk / "run")
             _remount(disk, "size=64m")
-            again = lab.go_on(argv)
-            resumed = not checkpoints or ended.code == 0 or "resuming from checkpoint-" in again.err
-            good = again.code == 0 and adapter_hash(disk / "run") == expected and resumed
-            return None if good else f"{room} bytes, then room: {again.code} {again.last}"
+            kept[newest] += ended.code == 7
+            return ended.code, _flaw(lab, argv, ended, newest, disk / "run", expected)
 
-    rooms = [int((0.01 + 1.14 * (number + draw.random()) / trials) * size) for number in range(trials)]
-    found = side_by_side(trial, rooms)
-    ends = ", ".join(f"{code}: {number}" for code, number in sorted(codes.items()))
-    beside = f"exit codes {ends}; checkpoints kept: {min(kept)} to {max(kept)}"
-    return count("a disk that gets full, at sizes up to the run's: 7, the last good checkpoint kept, equal once there is room",
-                 found, seed=seed, beside=beside)  # fmt: skip
+    found = side_by_side(lambda number: _met(attempt, 0.01 * size, 1.15 * size, number, trials, seed), range(trials))
+    beside = f"{kept[0]} were full before the first checkpoint; the newest of the others was of step 1 to {max(kept)}"
+    what = (
+        "a disk that gets full, at sizes up to the run's: 7, the last good checkpoint kept and resumed from once there is "
+        "room, equal"
+    )
+    return count(what, found, seed=seed, beside=beside, at_least=trials)
+
+
+def _met(
+    attempt: Callable[[int], tuple[int, str | None]], low: float, high: float, number: int, trials: int, seed: int
+) -> str | None:
+    """What is wrong with an attempt that ended with 7, its size drawn from the number-th share of low to high.
+
+    One that was enough for the run tells nothing: it is drawn again from what lies below.
+    """
+    draw = random.Random(f"{seed} {number}")
+    least, share = low + (high - low) * number / trials, (high - low) / trials
+    size = int(draw.uniform(least, least + share))
+    for _ in range(DRAWS):
+        code, flaw = attempt(size)
+        if flaw or code == 7:
+            return flaw and f"{size} bytes: {flaw}"
+        size = int(draw.uniform(low, size))
+    return f"none of {DRAWS} sizes was too small, the last of {size} bytes"
+
+
+def _newest_committed(run: Path) -> int:
+    """The step of the newest checkpoint that has its marker; 0 where none has one."""
+    steps = [path.parent.name.rpartition("-")[2] for path in run.glob("checkpoints/checkpoint-*/politune-commit.json")]
+    return max(map(int, steps), default=0)
+
+
+def _flaw(lab: Lab, argv: list[object], ended: Ended, newest: int, run: Path, expected: str) -> str | None:
+    """What is wrong with a run that met a limit which is gone now, and with how it goes on."""
+    if ended.code == 0 and adapter_hash(run) == expected:
+        return None
+    if ended.code != 7 or "Traceback" in ended.err:
+        return f"{ended.code} {ended.last}"
+    trained = max(map(int, re.findall(r"^step (\d+)/", ended.err, re.MULTILINE)), default=0)
+    if newest < trained - 1:  # every step is saved, and a step begins when the one before it is
+        return f"step {trained} was trained, and the newest checkpoint is of step {newest}"
+    again = lab.go_on(argv)
+    told = [line for line in again.err.splitlines() if line.startswith("resuming from")]
+    if told != ([f"resuming from checkpoint-{newest}"] if newest else []):
+        return f"checkpoint-{newest} was the newest, and the next run says {told}"
+    good = again.code == 0 and adapter_hash(run) == expected
+    return None if good else f"then without the limit: {again.code} {again.last}"
 
 
 def expect_no_disk() -> None:
@@ -104,22 +149,17 @@ def expect_no_disk() -> None:
 
 def _too_large(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
     """A limit on the size of a file (EFBIG), as quotas and some network file systems have it."""
-    draw = random.Random(seed)
 
-    def trial(limit: int) -> str | None:
+    def attempt(limit: int) -> tuple[int, str | None]:
         with lab.place("large") as place:
-            argv = lab.train(place / "run", train__save_steps=1)
+            run = place / "run"
+            argv = lab.train(run, train__save_steps=1)
             ended = lab.run(argv, before=limit_file_size, given=[limit])
-            if ended.code not in (0, 7) or "Traceback" in ended.err:
-                return f"{limit} bytes: {ended.code} {ended.last}"
-            again = lab.go_on(argv)
-            good = again.code == 0 and adapter_hash(place / "run") == expected
-            return None if good else f"{limit} bytes, then no limit: {again.code} {again.last}"
+            return ended.code, _flaw(lab, argv, ended, _newest_committed(run), run, expected)
 
-    limits = [int(draw.uniform(0.002, 0.08) * size) for _ in range(trials)]
-    return count(
-        "no file larger than so many bytes: 7, equal once there is no limit", side_by_side(trial, limits), seed=seed
-    )
+    found = side_by_side(lambda number: _met(attempt, 0.002 * size, 0.08 * size, number, trials, seed), range(trials))
+    what = "no file larger than so many bytes: 7, equal once there is no limit"
+    return count(what, found, seed=seed, at_least=trials)
 
 
 def limit_file_size(limit: int) -> None:
@@ -148,8 +188,9 @@ def _read_only(lab: Lab, expected: str) -> Figure:
             good &= again.code == 0 and adapter_hash(disk / "run") == expected
             return None if good else f"{when}: {ended.code} {ended.last}; then {again.code} {again.last}"
 
-    return count("a disk that is or becomes read-only: 7, equal once it can be written to",
-                 side_by_side(trial, ("at the start", "resumed", "while it trains")))  # fmt: skip
+    moments = ("at the start", "resumed", "while it trains")
+    what = "a disk that is or becomes read-only: 7, equal once it can be written to"
+    return count(what, side_by_side(trial, moments), at_least=len(moments))
 
 
 def cover(checkpoints: Path, step: int) -> None:
@@ -209,8 +250,8 @@ def _odd_places(lab: Lab) -> Figure:
             return f"{odd.__name__}: {flaw}" if flaw else None  # type: ignore[attr-defined]
 
     odd = (no_home, no_cache, c_locale, closed_stdout, closed_everything, nobody_reads, full_stdout, strict_umask)
-    return count("no home, no cache, a C locale, closed streams, nobody who reads, a full pipe, a strict umask: as ever, or 7",
-                 side_by_side(trial, odd))  # fmt: skip
+    what = "no home, no cache, a C locale, closed streams, nobody who reads, a full pipe, a strict umask: as ever, or 7"
+    return count(what, side_by_side(trial, odd), at_least=len(odd))
 
 
 def _shell(lab: Lab, command: str) -> subprocess.CompletedProcess[str]:

@@ -54,7 +54,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def write_code(model: Path, canary: Path) -> None:
     """Code of the model's own, wherever transformers would look for it."""
-    code = f"import os\nos.makedirs({str(canary)!r}, exist_ok=True)\nfrom transformers import *\nclass Evil: pass\n"
+    code = f"import os\nos.makedirs({str(canary)!r}, exist_ok=True)\nclass Evil: pass\n"
     for name in ("evil.py", "setup.py", "custom_generate/generate.py", "__init__.py"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(code)
@@ -74,12 +74,15 @@ def write_pickles(directory: Path, canary: Path, names: tuple[str, ...]) -> None
 
 def write_marker(checkpoint: Path) -> None:
     """The marker that politune would have written for the checkpoint's files as they are now."""
-    from politune.training.checkpoints import MARKER, _fingerprint
+    from politune.record import read_json, sha256_of_json, write_json
+    from politune.training import checkpoints
 
-    marker = json.loads((checkpoint / MARKER).read_text())
-    there = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
-    marker["files"] = {str(path.relative_to(checkpoint)): _fingerprint(path) for path in there}
-    (checkpoint / MARKER).write_text(json.dumps(marker))
+    said = read_json(checkpoint / checkpoints.MARKER) or {}
+    said.pop("sha256")
+    paths = checkpoints._files(checkpoint)
+    said["files"] = {str(path.relative_to(checkpoint)): checkpoints._fingerprint(path) for path in paths}
+    write_json(checkpoint / checkpoints.MARKER, {**said, "sha256": sha256_of_json(said)})
+    assert checkpoints._flaw(checkpoint) is None, "politune would not take this for a checkpoint of its own"
 
 
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], Any], *, raw: bytes | None = None) -> None:

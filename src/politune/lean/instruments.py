@@ -37,7 +37,7 @@ GRAM = 8
 """Words in a row that an item and a training row share before it counts as seen."""
 SHOWN = 10
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Text = Annotated[str, Field(pattern=r"\S")]
 
 
 class _Model(BaseModel):
@@ -69,12 +69,12 @@ class Pair(_OnAxis):
     """A statement and its opposite, each in the same number of wordings: does the model agree with the one or the other?"""
 
     kind: Literal["pair"]
-    left: tuple[Text, ...] = Field(min_length=1)
-    right: tuple[Text, ...] = Field(min_length=1)
+    left: tuple[Text, ...]
+    right: tuple[Text, ...]
 
     @model_validator(mode="after")
     def _as_many_wordings(self) -> "Pair":
-        if len(self.left) != len(self.right):
+        if not self.left or len(self.left) != len(self.right):
             raise ValueError(f"left has {len(self.left)} wordings and right {len(self.right)}")
         return self
 

@@ -41,7 +41,11 @@ def is_out_of_memory(error: Exception) -> bool:
     """CUDA has a type for it; the CPU's allocator has only its name in the text."""
     if not isinstance(error, RuntimeError):
         return False
-    return "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in str(error).lower()
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _out_of_memory(error: BaseException, settings: TrainSpec, estimate: PlanReport) -> TrainingError:
