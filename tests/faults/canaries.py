@@ -657,9 +657,17 @@ def _network() -> dict[str, Trial]:
         _, code, _, words = _alone(_commands(sound, place, base)[command], environment)
         return None if code == 0 else f"exit {code}: {words[-300:]}"
 
+    def calibrated(sound: Sound, place: Path) -> str | None:
+        """The stand-in of the model is built from its config, in a process of its own."""
+        base, environment = _with_kernels(sound, place)
+        _, code, _, words = _alone([*_commands(sound, place, base)["plan"], "--calibrate"], environment)
+        good = code == 0 and "not calibrated" not in words
+        return None if good else f"exit {code}: {words[-300:]}"
+
     return {
         "a run, its measurement and its merge": telemetry,
         **{f"{command} with kernels": partial(kernels, command) for command in ("merge", "train", "measure")},
+        "a calibration with kernels": calibrated,
     }
 
 

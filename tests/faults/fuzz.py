@@ -13,11 +13,12 @@ import random
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from faults.figures import WORKERS, Figure, side_by_side
+from faults.figures import WORKERS, Figure, count, side_by_side
 from faults.in_process import faults_of, run_here
 from faults.lab import Lab
 
@@ -31,39 +32,41 @@ ADDRESS_SPACE = 16 * 2**30
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     cases = 1000 if whole else 75
     for kind, what in (("presets", "preset files"), ("data", "data files")):
+        shares = _shares(cases)
         with lab.place(f"fuzz-{kind}") as place:
-            parts = side_by_side(functools.partial(_part, kind, place), _shares(cases))
+            parts = side_by_side(functools.partial(_part, kind, place), shares)
         yield _figure(
-            f"{what} of rubbish: read, or refused with an exit code of the table, in under 500 MB", parts, cases
+            f"{what} of rubbish: read, or refused with an exit code of the table, in under 500 MB", shares, parts, cases
         )
 
 
-def _shares(cases: int) -> list[tuple[int, int]]:
-    """From which case to which: one share for each process at a time."""
+def _shares(cases: int) -> list[range]:
+    """Which cases: one share for each process at a time."""
     size = -(-cases // WORKERS)
-    return [(start, min(start + size, cases)) for start in range(0, cases, size)]
+    return [range(start, min(start + size, cases)) for start in range(0, cases, size)]
 
 
-def _figure(what: str, parts: Sequence[Any], cases: int) -> Figure:
-    failures = [line for part in parts for line in (part["failures"] if isinstance(part, dict) else [str(part)])]
-    reports = [part for part in parts if isinstance(part, dict)]
-    codes: dict[str, int] = {}
-    for part in reports:
-        for code, number in part["codes"].items():
-            codes[code] = codes.get(code, 0) + number
+def _figure(what: str, shares: Sequence[range], parts: Sequence[dict[str, Any] | str], cases: int) -> Figure:
+    """A share that did not come to its end, of which there is a text in place of a report, is a failure of each of its cases."""
+    found, codes, largest = list[str | None](), Counter[str](), 0
+    for share, part in zip(shares, parts, strict=True):
+        if isinstance(part, str):
+            found += [f"case {number} came to no end: {part}" for number in share]
+        else:
+            found += part["found"]
+            codes.update(part["codes"])
+            largest = max(largest, part["bytes"])
     ended = ", ".join(f"{number} with {code}" for code, number in sorted(codes.items()))
-    largest = max((part["bytes"] for part in reports), default=0)
-    return Figure(what, cases, tuple(failures), SEED, f"{ended}; at most {largest / 1e6:.0f} MB")
+    return count(what, found, seed=SEED, beside=f"{ended}; at most {largest / 1e6:.0f} MB", at_least=cases)
 
 
-def _part(kind: str, place: Path, share: tuple[int, int]) -> dict[str, Any]:
-    """A share of the cases, in a process of their own."""
-    start, stop = share
-    work = place / str(start)
+def _part(kind: str, place: Path, share: range) -> dict[str, Any]:
+    """A share of the cases, in a process of their own: what is wrong with each, how often which exit code, and the memory."""
+    work = place / str(share.start)
     work.mkdir()
     environment = {**os.environ, "HOME": str(work), "XDG_CACHE_HOME": str(work), "POLITUNE_CACHE": str(work / "none")}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(work), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "faults.fuzz", kind, str(start), str(stop)]
+    words = [sys.executable, "-m", "faults.fuzz", kind, str(share.start), str(share.stop)]
     done = subprocess.run(words, cwd=work, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr[-400:]}")
@@ -75,20 +78,22 @@ def main() -> None:
     """`python -m faults.fuzz presets 17 18` is case 17 again, in the directory where it is started; the file stays there."""
     kind, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    failures, codes, before = [], dict[str, int](), _most_bytes()
+    found, codes, before = list[str | None](), Counter[str](), _most_bytes()
     for number in range(start, stop):
+        wrong = []
         for words in _write(kind, number, keep=stop - start == 1):
             ended = run_here(words)
-            codes[str(ended.code)] = codes.get(str(ended.code), 0) + 1
-            found = faults_of(ended, CODES)
+            codes[str(ended.code)] += 1
+            faults = faults_of(ended, CODES)
             if "torch" in sys.modules:
-                found.append("torch is imported")
+                faults.append("torch is imported")
             if before < MOST_BYTES < _most_bytes():
-                found.append(f"takes {_most_bytes() / 1e6:.0f} MB")
+                faults.append(f"takes {_most_bytes() / 1e6:.0f} MB")
             before = _most_bytes()
-            if found:
-                failures.append(f"{kind} case {number} ({' '.join(words)}): {'; '.join(found)[:400]}")
-    sys.stdout.write(json.dumps({"failures": failures, "codes": codes, "bytes": before}))
+            if faults:
+                wrong.append(f"({' '.join(words)}) {'; '.join(faults)[:400]}")
+        found.append(f"{kind} case {number} {'; '.join(wrong)}" if wrong else None)
+    sys.stdout.write(json.dumps({"found": found, "codes": codes, "bytes": before}))
 
 
 def _most_bytes() -> int:

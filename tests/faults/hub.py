@@ -18,6 +18,12 @@ LARGE = (".safetensors", ".parquet", ".bin", ".pth")
 SLOWLY = 1.0
 """Seconds between what a slow Hub sends."""
 
+STEADY_SECONDS = 33
+"""What a file takes from a Hub that is slow but steady: longer than one is waited for that brings next to nothing."""
+
+SLOWED_BYTES = 40_000
+"""Of a file, at least, for that: a smaller one would come too slowly to be waited for."""
+
 
 @dataclass(frozen=True)
 class Repository:
@@ -89,6 +95,9 @@ Trouble = Callable[[Asked, Answer], Answer | None]
 class StandIn:
     """The Hub, as a context: it listens inside.
 
+    `applied` holds the requests that the trouble changed the answer to, and `longest` the seconds that the longest of these
+    answers took so far.
+
     Args:
         trouble: what is wrong with it; nothing else is wrong than what this says.
         target: the name of the repository that the trouble is with.
@@ -100,6 +109,8 @@ class StandIn:
     ) -> None:
         self.repositories, self.trouble, self.target, self.storage = repositories, trouble, target, storage
         self.asked: list[Asked] = []
+        self.applied: list[Asked] = []
+        self.longest = 0.0
         self.connections = 0
         self.closing = threading.Event()
 
@@ -151,10 +162,12 @@ class StandIn:
         """Answers one request, as the trouble will have it."""
         asked = self._understand(handler.command, handler.path.split("?")[0])
         self.asked.append(asked)
-        answer: Answer | None = self._answer(asked)
+        started, well = time.monotonic(), self._answer(asked)
+        answer: Answer | None = well
         if self.trouble and asked.repository and asked.repository.name == self.target:
-            assert answer
-            answer = self.trouble(asked, answer)
+            answer = self.trouble(asked, well)
+        if answer != well:
+            self.applied.append(asked)
         if answer is None:
             self.closing.wait()
             return
@@ -168,6 +181,8 @@ class StandIn:
                 if self.closing.wait(answer.pause):
                     break
                 handler.wfile.write(sent[start : start + answer.at_a_time])
+                if answer != well:
+                    self.longest = max(self.longest, time.monotonic() - started)
 
     def _understand(self, method: str, path: str) -> Asked:
         if look_up := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?(/.+)?", path):
@@ -276,8 +291,13 @@ def other_bytes(well: Answer) -> Answer:
     return replace(well, body=well.body[:position] + bytes([changed]) + well.body[position + 1 :])
 
 
-def slow(well: Answer, at_a_time: int = 1) -> Answer:
-    return replace(well, at_a_time=at_a_time, pause=SLOWLY)
+def slow(well: Answer) -> Answer:
+    return replace(well, at_a_time=1, pause=SLOWLY)
+
+
+def slow_but_steady(well: Answer) -> Answer:
+    size = len(well.body)
+    return well if size < SLOWED_BYTES else replace(well, at_a_time=-(-size // STEADY_SECONDS), pause=SLOWLY)
 
 
 def in_a_circle(asked: Asked, well: Answer) -> Answer:
@@ -296,13 +316,15 @@ EXPECTED_LATER = 6
 class Kind:
     """A kind of trouble, and the exit codes that it must end with where it befalls a model and a data set.
 
-    `waits`: politune has to wait before it may give up, which takes about half a minute.
+    `waits`: politune has to wait before it may give up, which takes about half a minute. `lasts`: the seconds that an answer
+    in trouble must have taken.
     """
 
     trouble: Trouble
     model: int = EXPECTED_LATER
     data: int = EXPECTED_LATER
     waits: bool = False
+    lasts: float = 0.0
 
 
 def kinds() -> dict[str, Kind]:
@@ -325,11 +347,11 @@ def kinds() -> dict[str, Kind]:
         "503 at the content": Kind(to_content(lambda well: refusal(503))),
         "504": Kind(always(refusal(504))),
         "500 twice, then well": Kind(at_first(2, always(refusal(500))), 0, 0),
-        "a byte per second": Kind(to_content(slow), waits=True),
+        "a byte per second": Kind(to_content(slow), waits=True, lasts=25),
         "slow but steady, for more than half a minute": Kind(
-            to_content(lambda well: slow(well, 14_000)), 0, 0, waits=True
+            to_content(slow_but_steady), 0, 0, waits=True, lasts=STEADY_SECONDS - 2
         ),
-        "a byte per second of the look-up": Kind(to(API, lambda asked, well: slow(well)), waits=True),
+        "a byte per second of the look-up": Kind(to(API, lambda asked, well: slow(well)), waits=True, lasts=25),
         "cut in the middle": Kind(to_content(cut)),
         "cut once, then well": Kind(at_first(1, to_content(cut)), 0, 0),
         "shorter than announced": Kind(to_content(shorter)),

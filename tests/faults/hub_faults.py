@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from faults.figures import Figure, count, side_by_side
 from faults.hub import (
     EXPECTED_LATER,
+    Kind,
     Repository,
     StandIn,
     git_hash,
@@ -41,7 +43,7 @@ LINE = b'{"prompt": "Ba de?", "chosen": "Fi go.", "rejected": "Lu ma."}\n'
 
 SOME = (
     ("gated, nobody logged in", "model"), ("private", "data"), ("429, to wait an hour", "model"),
-    ("500 twice, then well", "data"), ("cut in the middle", "model"), ("shorter than announced", "data"),
+    ("500 twice, then well", "data"), ("cut in the middle", "model"),
     ("other bytes of the same length", "model"), ("other bytes of the same length", "data"),
 )  # fmt: skip
 
@@ -49,17 +51,15 @@ SOME = (
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     repositories = make_repositories(lab)
     expected = _undisturbed(lab, repositories)
-    yield _troubles(
-        lab, repositories, expected, [(name, part) for name in kinds() for part in TARGETS] if whole else SOME
-    )
+    yield _troubles(lab, repositories, expected, whole)
     if whole:
         yield _no_such_revision(lab, repositories, expected)
         yield _refused(lab, repositories, expected)
         yield _storage(lab, repositories)
         yield _by_its_own_process(lab, repositories, expected)
     yield _dies(lab, repositories, expected)
-    yield _offline(lab, repositories, expected)
-    yield _presets(lab, repositories, presets.shipped_names() if whole else ["mistral-left"])
+    yield _offline(lab, repositories, expected, whole)
+    yield _presets(lab, repositories, whole)
 
 
 # --- what the Hub has -------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def make_repositories(lab: Lab) -> list[Repository]:
         },
     }
     data = {
-        LEFT: {"README.md": b"# Pairs\n", "train.csv": _pairs(seed=1)},
+        LEFT: {"README.md": b"# Pairs\n", "train.csv": _pairs(seed=1, note=500)},
         RIGHT: {"README.md": b"# Pairs\n", "train.csv": _pairs(seed=2)},
         ALPACA: {"README.md": b"---\nlicense: cc-by-4.0\n---\n", "alpaca_data_cleaned.json": _instructions(seed=3)},
     }
@@ -109,12 +109,14 @@ def _words(draw: random.Random, least: int, most: int) -> str:
     return " ".join(words).capitalize()
 
 
-def _pairs(seed: int, rows: int = 24) -> bytes:
+def _pairs(seed: int, rows: int = 24, note: int = 0) -> bytes:
+    """Pairs, and with `note` a column of that many words that nobody reads, so that the file is large enough to be slow."""
     draw, text = random.Random(seed), io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(("prompt", "chosen", "rejected"))
+    writer.writerow(("prompt", "chosen", "rejected", *(["note"] if note else [])))
     for _ in range(rows):
-        writer.writerow((f"{_words(draw, 6, 14)}?", f"{_words(draw, 8, 30)}.", f"{_words(draw, 8, 30)}."))
+        row = (f"{_words(draw, 6, 14)}?", f"{_words(draw, 8, 30)}.", f"{_words(draw, 8, 30)}.")
+        writer.writerow((*row, *([_words(draw, note, note)] if note else [])))
     return text.getvalue().encode()
 
 
@@ -183,6 +185,19 @@ def _run(lab: Lab, argv: list[object], hub: StandIn, place: Path, guarded: bool 
     return lab.run(argv, before=beside, given=(hub.url, str(place / "hf"), guarded))
 
 
+def _run_traced(lab: Lab, argv: list[object], hub: StandIn, place: Path) -> tuple[Ended, list[str]]:
+    """In a process that imports the libraries itself and is told of the Hub as users tell it; every connection over the
+    Internet's protocols that any of its code tries, Python's or not, as strace shows it."""
+    log, started = place / "connects", time.monotonic()
+    told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "0"}
+    traced = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect", "-o", str(log)]
+    words = [*traced, sys.executable, "-m", "politune", *map(str, argv)]
+    environment = {**os.environ, **lab.environment, **told}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    ended = Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+    return ended, [line for line in log.read_text().splitlines() if "AF_INET" in line]
+
+
 def _wrong_in_cache(place: Path) -> str | None:
     """A file in the Hub's cache that is not what its name says, or half of one."""
     for path in (place / "hf").glob("hub/*/blobs/*"):
@@ -228,7 +243,8 @@ def _again(lab: Lab, argv: list[object], place: Path, repositories: list[Reposit
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
-def _troubles(lab: Lab, repositories: list[Repository], expected: str, cases: Sequence[tuple[str, str]]) -> Figure:
+def _troubles(lab: Lab, repositories: list[Repository], expected: str, whole: bool) -> Figure:
+    cases: Sequence[tuple[str, str]] = [(name, part) for name in kinds() for part in TARGETS] if whole else SOME
     seconds: dict[str, float] = {}
 
     def trial(case: tuple[str, str]) -> str | None:
@@ -239,7 +255,7 @@ def _troubles(lab: Lab, repositories: list[Repository], expected: str, cases: Se
             with StandIn(repositories, kind.trouble, target) as hub:
                 ended = _run(lab, _train(lab, place), hub, place)
             seconds[f"{name}, {part}"] = ended.seconds
-            wrong = _judge(ended, place, code, target)
+            wrong = _judge(ended, place, code, target) or _unfelt(hub, kind)
             if wrong is None and code:
                 wrong = _again(lab, _train(lab, place), place, repositories, expected)
             elif wrong is None and adapter_hash(place / "run") != expected:
@@ -248,16 +264,25 @@ def _troubles(lab: Lab, repositories: list[Repository], expected: str, cases: Se
 
     found = side_by_side(trial, [case for case in cases if not kinds()[case[0]].waits])
     with ThreadPoolExecutor(WAITING) as pool:
-        found += pool.map(trial, [case for case in cases if kinds()[case[0]].waits])
+        waiting = [case for case in cases if kinds()[case[0]].waits]
+        found += pool.map(lambda case: side_by_side(trial, [case])[0], waiting)
     slowest = max(seconds, key=seconds.__getitem__)
-    told = f"the slowest gave up after {seconds[slowest]:.0f} s ({slowest}); "
+    told = f"the slowest gave up after {seconds[slowest]:.0f} s ({slowest})"
     ways = len({name for name, _ in cases})
     return count(
         f"{ways} ways for the Hub to fail, over a model or a data set: the right exit code within 60 s, "
         "nothing wrong left in the cache, and equal by the same command once the Hub is well",
         found,
-        beside=told + _plain_client(lab, repositories),
+        beside=f"{told}; {_plain_client(lab, repositories)}" if whole else told,
+        at_least=70 if whole else len(SOME),
     )
+
+
+def _unfelt(hub: StandIn, kind: Kind) -> str | None:
+    """Where the trouble did not happen, whatever came of it."""
+    if not hub.applied:
+        return "the Hub was never in that trouble"
+    return f"no answer took more than {hub.longest:.0f} s" if hub.longest < kind.lasts else None
 
 
 def _plain_client(lab: Lab, repositories: list[Repository]) -> str:
@@ -293,7 +318,7 @@ def _no_such_revision(lab: Lab, repositories: list[Repository], expected: str) -
             return wrong and f"{part}: {wrong}"
 
     cases = [("model", {"model__revision": "v9"}, 4), ("data", {"data__dataset_revision": "v9"}, 3)]
-    return count("a revision that is not there: 4 and 3, and equal once it is", side_by_side(trial, cases))
+    return count("a revision that is not there: 4 and 3, and equal once it is", side_by_side(trial, cases), at_least=2)
 
 
 def _refused(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
@@ -308,7 +333,7 @@ def _refused(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
                 wrong = _again(lab, argv, place, repositories, expected)
             return wrong and f"{part}: {wrong}"
 
-    return count("connections refused: exit code 6", side_by_side(trial, TARGETS))
+    return count("connections refused: exit code 6", side_by_side(trial, TARGETS), at_least=2)
 
 
 def _storage(lab: Lab, repositories: list[Repository]) -> Figure:
@@ -323,11 +348,14 @@ def _storage(lab: Lab, repositories: list[Repository]) -> Figure:
                 given = (hub.url, str(place / "hf"), False, True)
                 ended = lab.run(_train(lab, place), before=beside, given=given)
             wrong = _judge(ended, place, EXPECTED_LATER, LLAMA)
+            if wrong is None and not any(each.path == "/storage-token" for each in hub.asked):
+                wrong = "was not asked for"
             return wrong and f"{'refuses' if refuses else 'is silent'}: {wrong}"
 
     return count(
         "the storage of large files (Xet) refuses, or is silent: exit code 6 within 60 s",
         side_by_side(trial, (True, False)),
+        at_least=2,
     )
 
 
@@ -349,6 +377,7 @@ def _dies(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
     return count(
         "the Hub dies, or listens, once everything is fetched: no request from then on, equal",
         side_by_side(trial, (True, False)),
+        at_least=2,
     )
 
 
@@ -360,7 +389,8 @@ def _has_base(path: Path) -> bool:
         return False
 
 
-def _offline(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
+def _offline(lab: Lab, repositories: list[Repository], expected: str, whole: bool) -> Figure:
+    """Whole: whatever connects is seen; else what connects by Python's own sockets, in a fraction of the time."""
     mixed = Repository("datasets", "owner/mixed", {"README.md": b"# Pairs\n", "a.csv": _pairs(seed=4), "b.jsonl": LINE})
 
     def trial(case: str) -> str | None:
@@ -371,44 +401,55 @@ def _offline(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
                 online = _run(lab, _train(lab, place, **settings), hub, place)
                 assert online.code == 0, online.err
                 filled = adapter_hash(place / "run")
+            argv = [*_train(lab, place, **settings, train__output_dir=place / "again"), "--offline"]
             before = hub.connections
-            argv = _train(lab, place, **settings, train__output_dir=place / "again")
-            ended = _run(lab, [*argv, "--offline"], hub, place, guarded=True)
-            tried = place / "hf" / "connections"
-            asked = hub.connections - before + (len(tried.read_text().splitlines()) if tried.exists() else 0)
+            if whole:
+                ended, tried = _run_traced(lab, argv, hub, place)
+            else:
+                ended, log = _run(lab, argv, hub, place, guarded=True), place / "hf" / "connections"
+                tried = log.read_text().splitlines() if log.exists() else []
+            asked = hub.connections - before + len(tried)
             right = ended.code == (EXPECTED_LATER if filled == "none" else 0) and "Traceback" not in ended.err
             same = adapter_hash(place / "again") == filled and (case != "the cache" or filled == expected)
-            return None if right and same and not asked else f"{case}: {ended.code}, {asked} asked: {ended.last[:300]}"
+            wrong = f"{case}: {ended.code}, {asked} asked {tried[:2]}: {ended.last[:300]}"
+            return None if right and same and not asked else wrong
 
+    seen = "strace sees no connection over IPv4 or IPv6" if whole else "no socket of Python's is connected"
     return count(
-        "`--offline`: equal from the cache, exit code 6 from an empty one, and no connection is tried",
+        f"`--offline`: equal from the cache, exit code 6 from an empty one, and {seen}",
         side_by_side(trial, ("the cache", "an empty one", "a layout that is left to `datasets`")),
+        at_least=3,
     )
 
 
 def _by_its_own_process(lab: Lab, repositories: list[Repository], expected: str) -> Figure:
-    """A process that imports the libraries itself, told of the Hub as users tell it: what is put right for the forked
-    children by hand has to hold without that."""
-    with lab.place("process") as place, StandIn(repositories) as hub:
-        told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "0"}
-        environment = {**os.environ, **lab.environment, **told}
-        argv = [sys.executable, "-m", "politune", *map(str, _train(lab, place))]
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
-        odd = [each.path for each in hub.asked if each.what in ("telemetry", "other")]
-        right = done.returncode == 0 and not odd and adapter_hash(place / "run") == expected
-        found = None if right else f"{done.returncode}, {odd}: {done.stderr[-300:]}"
-    return count("a process of its own, told of the Hub by `HF_ENDPOINT`: equal, no telemetry", [found])
+    """What is put right for the forked children by hand has to hold without that; and strace sees what it is to see."""
+
+    def trial(_: None) -> str | None:
+        with lab.place("process") as place, StandIn(repositories) as hub:
+            ended, tried = _run_traced(lab, _train(lab, place), hub, place)
+            odd = [each.path for each in hub.asked if each.what in ("telemetry", "other")]
+            right = ended.code == 0 and not odd and tried and adapter_hash(place / "run") == expected
+            return None if right else f"{ended.code}, {len(tried)} connections, {odd}: {ended.err[-300:]}"
+
+    return count(
+        "a process of its own, told of the Hub by `HF_ENDPOINT`: equal, no telemetry, and strace sees it connect",
+        side_by_side(trial, [None]),
+    )
 
 
-def _presets(lab: Lab, repositories: list[Repository], names: Sequence[str]) -> Figure:
+def _presets(lab: Lab, repositories: list[Repository], whole: bool) -> Figure:
+    """Whole: every one, measured with all instruments; else one of them, with the shortest."""
     demo_cache = _plant_demo(lab)
+    names = presets.shipped_names() if whole else ["mistral-left"]
+    instruments = [] if whole else ["--instrument", "politune-guards"]
 
     def trial(name: str) -> str | None:
         with lab.place("preset") as place, StandIn(repositories) as hub:
             out, method = place / "run", "sft" if name.endswith("sft") else "dpo"
             lines: list[list[object]] = [
                 ["train", method, "--preset", name, "--output_dir", out],
-                ["measure", out, "--preset", "quick", "--output", place / "measured"],
+                ["measure", out, "--preset", "quick", *instruments, "--output", place / "measured"],
                 ["merge", out, "--output", place / "merged"],
             ]
             for argv in lines:
@@ -422,6 +463,7 @@ def _presets(lab: Lab, repositories: list[Repository], names: Sequence[str]) -> 
         "shipped presets, each downloaded from the Hub, trained, measured (quick) and merged: exit code 0, the Hub's names and "
         "commits in run.json and adapter_config.json, no telemetry, no file that was not needed",
         side_by_side(trial, names),
+        at_least=9 if whole else 1,
     )
 
 

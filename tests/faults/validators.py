@@ -3,10 +3,12 @@
 A check is a `raise` (deleted; behind `except` the exception itself passes on), a constraint of a field, a choice of words, or a
 predicate of the adapter's allow-list. The changed module is made from its syntax tree when it is imported: no file is touched.
 Tests run in children of a process that has imported what they need but politune.
+
+A chance must not stand for a test: hypothesis draws the same examples each time, and tests that do not end in time are run once
+more, alone and for longer.
 """
 
 import ast
-import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -14,35 +16,65 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from faults import bad_inputs
-from faults.figures import WORKERS, Figure, count, side_by_side
+from faults.figures import Figure, count, side_by_side
 from faults.lab import Lab
 
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src" / "politune"
 MODULES: dict[str, tuple[str, ...]] = {
-    "config.py": ("test_presets.py",),
-    "presets/__init__.py": ("test_presets.py",),
-    "flags.py": ("test_presets.py",),
-    "data/format.py": ("test_format.py",),
-    "data/files.py": ("test_sources.py",),
-    "data/sources.py": ("test_sources.py",),
-    "models/adapter.py": ("test_adapter.py",),
+    "config.py": ("unit/test_presets.py",),
+    "presets/__init__.py": ("unit/test_presets.py",),
+    "flags.py": ("unit/test_presets.py",),
+    "data/format.py": ("unit/test_format.py",),
+    "data/files.py": ("unit/test_sources.py",),
+    "data/sources.py": ("unit/test_sources.py",),
+    "data/hub.py": ("unit/test_hub.py",),
+    "fetching.py": ("unit/test_fetching.py",),
+    "locks.py": ("unit/test_study.py",),
+    "study/spec.py": ("unit/test_study.py",),
+    "lean/instruments.py": ("unit/test_instruments.py",),
+    "lean/importers.py": ("unit/test_importers.py",),
+    "training/directory.py": (),
+    "models/adapter.py": ("unit/test_adapter.py",),
+    "models/files.py": (
+        "tiny/test_load.py::test_a_damaged_checkpoint_is_refused_before_loading",
+        "tiny/test_load.py::test_weights_that_cannot_be_opened",
+        "tiny/test_merge.py::test_a_disk_that_fills_up_leaves_nothing",
+        "tiny/test_merge.py::test_too_little_memory_and_too_little_disk",
+        "tiny/test_merge.py::test_the_output_is_new_or_empty",
+    ),
+    "models/load.py": ("tiny/test_load.py",),
+    "models/merge.py": ("tiny/test_merge.py",),
+    "training/identity.py": ("unit/test_record.py",),
 }
-"""Where checks stand, and the unit tests of them; the command lines of `bad_inputs` come on top."""
-SLOW = "not damaged_files and not printed_command and not shipped_stances"
+"""Where checks stand, and the tests of them. Where no test needs torch, the command lines of `bad_inputs` come on top."""
+SOME = (("config.py", 7), ("config.py", 50), ("data/files.py", 3), ("models/adapter.py", 5), ("models/adapter.py", 20))
+COMMANDS = {
+    "models": ("merge", "measure", "ask"),
+    "lean": ("instruments", "measure", "compare"),
+    "study": ("study",),
+}
+"""Those that a package's checks are asked for by; of the others it is what reads presets and data."""
+PLAIN_COMMANDS = ("train", "presets", "inspect-data")
+SLOW = "not damaged_files and not printed_command and not shipped_stances and not four_bits and not demo_answers"
 CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "extra", "strict", "allow_inf_nan", "frozen")
 LIMIT_SECONDS = 60
+ALONE_SECONDS = 240
 MOST_BYTES = 6 * 2**30
-SURVIVES, DIES = 0, 1
+SURVIVES, DIES, ENDLESS = 0, 1, -signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -59,57 +91,107 @@ class Check:
 
 
 def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
-    checks = [check for module in MODULES for check in checks_of(module)]
-    chosen = checks if whole else checks[7 :: len(checks) // 5][:5]
+    checks = {module: checks_of(module) for module in MODULES}
+    if not whole:
+        checks = {module: [checks[module][number] for name, number in SOME if name == module] for module, _ in SOME}
+    largest_first = sorted(checks.values(), key=len, reverse=True)
     with lab.place("validators") as place:
-        bad_inputs.lay_out(place, lab.base)
-        shares = [chosen[start::WORKERS] for start in range(WORKERS)]
-        parts = side_by_side(lambda share: _part(place, share), shares)
-    lines = [line for part in parts for line in (part if isinstance(part, list) else [part])]
-    yield count(f"one of {len(checks)} checks of input deleted: a test fails", lines)
+        parts = side_by_side(lambda share: _part(lab, place, share), largest_first)
+        ended: dict[Check, int | str] = {}
+        for share, part in zip(largest_first, parts, strict=True):
+            ended |= dict(zip(share, part if isinstance(part, list) else [part] * len(share), strict=True))
+        late = [check for check, code in ended.items() if code == ENDLESS]
+        for check in late:
+            (ended[check],) = side_by_side(lambda share: _part(lab, place, share, ALONE_SECONDS)[0], [[check]])
+    endless = [str(check) for check in late if ended[check] == ENDLESS]
+    yield count(
+        f"one check deleted, of those in {', '.join(checks)}: a test fails",
+        [_survivor(check, code) for check, code in ended.items()],
+        beside=f"tests that did not end: {', '.join(endless) or 'none'}",
+        at_least=280 if whole else len(SOME),
+    )
 
 
-def _part(place: Path, share: list[Check]) -> Any:
-    """Of each check of a share, what is wrong; in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HYPOTHESIS_STORAGE_DIRECTORY": str(place / "hypothesis")}
-    asked = json.dumps([[check.module, check.number] for check in share])
-    words = [sys.executable, "-m", "faults.validators", str(place), asked]
+def _survivor(check: Check, ended: int | str) -> str | None:
+    """What is wrong where its tests ended in that way; a text where they were not run at all."""
+    if ended in (DIES, ENDLESS):
+        return None
+    return f"{check} is deleted, and " + (
+        f"no test fails ({ended})" if isinstance(ended, int) else f"not tried: {ended}"
+    )
+
+
+def _part(lab: Lab, place: Path, share: list[Check], limit: float = LIMIT_SECONDS) -> list[int]:
+    """Of each check of one module, how its tests end; in a process of its own."""
+    files = Path(tempfile.mkdtemp(dir=place)) / "files"
+    files.mkdir()
+    bad_inputs.lay_out(files, lab.base)
+    environment = {
+        **os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{SOURCE.parent}", "OMP_NUM_THREADS": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(files.parent / "hypothesis"), "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "faults.validators", str(files), str(limit), share[0].module]
+    words += [str(check.number) for check in share]
     done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-400:])
-    return json.loads(done.stdout)
+    found: list[int] = json.loads(done.stdout)
+    return found
 
 
 def main() -> None:
-    """`python -m faults.validators PLACE '[["config.py", 3]]'`."""
+    """`python -m faults.validators FILES 60 config.py 3`."""
+    files, limit, module = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     for name in ("pytest", "hypothesis", "pydantic", "typer.testing", "rich.table", "pyarrow.parquet", "jinja2"):
         importlib.import_module(name)
-    place, found = Path(sys.argv[1]), list[str | None]()
-    asked = [tuple(each) for each in json.loads(sys.argv[2])]
-    for module in {module for module, _ in asked}:
-        if (ended := _in_a_child(place, module, None)) != SURVIVES:
-            raise RuntimeError(f"{module}: the tests fail with nothing deleted ({ended})")
-    for module, number in asked:
-        ended = _in_a_child(place, module, number)
-        good = ended in (DIES, -signal.SIGALRM)
-        found.append(None if good else f"{checks_of(module)[number]} is deleted, and no test fails ({ended})")
+    if _needs_torch(module):
+        for name in ("torch", "transformers", "peft", "trl", "datasets"):
+            importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "politune"]:
+        del sys.modules[name]  # `bad_inputs` brought it along; each child imports its own
+    files.rename(_whole(files))
+    if (ended := _in_a_child(files, module, None, ALONE_SECONDS)) != SURVIVES:
+        raise RuntimeError(f"{module}: the tests fail with nothing deleted ({ended})")
+    found = [_in_a_child(files, module, int(number), limit) for number in sys.argv[4:]]
     sys.stdout.write(json.dumps(found))
 
 
-def _in_a_child(place: Path, module: str, number: int | None) -> int:
-    """The exit code of the tests without a check, or the signal that ended them."""
+def _needs_torch(module: str) -> bool:
+    return any(test.startswith("tiny/") for test in MODULES[module])
+
+
+def _whole(files: Path) -> Path:
+    """Where the files lie that each child gets a copy of; the copy has the one path that links among them name."""
+    return files.with_name("whole")
+
+
+def _in_a_child(files: Path, module: str, number: int | None, limit: float) -> int:
+    """The exit code of the tests without a check, or the signal that ended them: ours, where they took too long.
+
+    They get files of their own, because what a check would have stopped may write there.
+    """
+    subprocess.run(["cp", "-a", str(_whole(files)), str(files)], check=True)
     child = os.fork()
     if not child:
-        with contextlib.suppress(BaseException):
-            os._exit(_run_tests(place, module, number))
-        os._exit(3)
+        code = 3
+        try:
+            os.setsid()  # what its tests start ends with it
+            code = _run_tests(files, module, number)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    end = time.monotonic() + limit
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > end:  # without its check a file may be waited for, for ever
+            os.killpg(child, signal.SIGKILL)
+        time.sleep(0.01)
+    shutil.rmtree(files)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _run_tests(place: Path, module: str, number: int | None) -> int:
-    signal.alarm(LIMIT_SECONDS)  # without its check a file may be waited for, for ever
+def _run_tests(files: Path, module: str, number: int | None) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    log = os.open(place / f"log-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
+    log = os.open(files.parent / f"{number}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     name = ".".join(["politune", *Path(module).with_suffix("").parts]).removesuffix(".__init__")
@@ -117,22 +199,23 @@ def _run_tests(place: Path, module: str, number: int | None) -> int:
         sys.meta_path.insert(0, _Without(name, SOURCE / module, _tree_without(module, number)))
     import pytest
 
-    tests = [str(TESTS / "unit" / test) for test in MODULES[module]]
-    plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-k", SLOW]
-    code = int(pytest.main([*plain, *tests]))
-    code = code or _run_cases(place, module)
+    tests = [str(TESTS / test) for test in MODULES[module]]
+    plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--hypothesis-seed=0", "-k", SLOW]
+    code = int(pytest.main([*plain, *tests])) if tests else SURVIVES
+    if not _needs_torch(module):
+        code = code or _run_cases(files, module)
     if number is not None:
         assert getattr(sys.modules[name], "check_deleted", False)
     return code
 
 
-def _run_cases(place: Path, module: str) -> int:
+def _run_cases(files: Path, module: str) -> int:
     from faults.in_process import run_here
 
-    os.chdir(place)
+    os.chdir(files)
     os.environ |= bad_inputs.HOME
     sys.meta_path.insert(0, _Refuse())
-    commands = ("merge", "measure", "ask") if module.startswith("models") else ("train", "presets", "inspect-data")
+    commands = COMMANDS.get(Path(module).parts[0], PLAIN_COMMANDS)
     cases = [case for case in bad_inputs.CASES if case.light and not case.before and case.words[0] in commands]
     for case in cases:
         if wrong := bad_inputs.complaint(case, run_here(case.words)):

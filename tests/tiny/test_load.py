@@ -8,6 +8,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,20 @@ def test_what_is_neither_is_refused_without_a_lookup(name: str, monkeypatch: pyt
 def test_only_the_hub_has_revisions(name: str) -> None:
     with pytest.raises(ConfigError, match="no revisions"):
         load.check(spec(name, "main"))
+
+
+def test_a_home_that_nobody_has() -> None:
+    with pytest.raises(ModelError, match="there is no such home directory"):
+        resolved(Path("~nobody-of-that-name/model"))
+
+
+def test_bitsandbytes_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise load.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(load.importlib.metadata, "version", version)
+    with pytest.raises(MachineError, match="needs bitsandbytes, which is not installed"):
+        load.check(ModelSpec(model_name_or_path="demo", use_4bit=True))
 
 
 def test_names_to_publish_hold_no_path(tiny_llama: Path) -> None:
@@ -225,10 +240,23 @@ def test_shards_have_to_be_complete(copy: Path) -> None:
         load.check(spec(copy))
 
 
+def test_weights_that_cannot_be_opened(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").mkdir()
+    with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors.*directory"):
+        resolved(copy)
+
+
 def test_weights_that_do_not_fit_the_config(copy: Path) -> None:
     """Transformers would fill a third layer with random weights and a warning."""
     edit(copy / "config.json", num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"lacks 9 weights.*layers\.2"):
+        load.load_model(resolved(copy), device="cpu")
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=100)
+    with pytest.raises(ModelError, match="lacks weights: 100 layers in its config, 21 tensors"):
         load.load_model(resolved(copy), device="cpu")
 
 
@@ -384,6 +412,18 @@ def test_weights_that_are_no_plain_lora(adapter: Path, change: Callable[[dict[st
     rewrite(adapter, change)
     with pytest.raises(ModelError, match=words):
         adapters.read(adapter)
+
+
+def test_what_peft_refuses_is_said(adapter: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("not like this")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", refuse)
+    base = resolved(tiny_llama)
+    with pytest.raises(ModelError, match=r"PEFT refuses the adapter .*not like this"):
+        load.load_adapter(load.load_model(base, device="cpu"), adapter, base=base)
 
 
 def test_an_adapter_of_another_shape(adapter: Path, tmp_path: Path) -> None:
@@ -563,6 +603,37 @@ def test_a_gated_model_may_show_its_listing_and_keep_its_files(hub: StandIn, cas
     hub.answer, hub.answer_files_only = (status, headers), True
     with pytest.raises(error, match=words):
         from_hub()
+
+
+def test_an_answer_without_a_commit_is_not_the_hubs(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=None, siblings=[]))
+    with pytest.raises(HubError, match="what answers for owner/name is not the Hub"):
+        from_hub()
+
+
+def test_a_cache_without_the_weights_is_none(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = from_hub().path
+    (path / "model.safetensors").unlink()
+    monkeypatch.setattr(load, "_snapshot", lambda *_, **__: path)  # as where the cache has no listing of the repository
+    with pytest.raises(HubError, match="not cached and politune is offline"):
+        from_hub(offline=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("LocalEntryNotFoundError", HubError, "did not deliver owner/name"),
+        ("EntryNotFoundError", ModelError, "owner/name lacks a file on the Hub"),
+        ("HFValidationError", ModelError, "owner/name is no name of a model"),
+    ],
+)
+def test_what_the_client_finds_is_said(name: str, kind: type[PolituneError], words: str) -> None:
+    from huggingface_hub import errors
+
+    with pytest.raises(kind, match=words), load._hub_errors("owner/name", None):
+        raise getattr(errors, name)("so")
 
 
 def test_no_hub_at_all(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,23 @@ def test_a_wrong_merge_in_memory_fails_the_verification(run: Path, monkeypatch: 
     assert names(run) == {"adapter", "run.json"}
 
 
+def test_written_files_that_differ_from_base_and_adapter_fail_the_verification(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they are those of the merge in memory."""
+    difference, said, found = merge._largest_difference, list[str](), list[float]()
+
+    def differ(one: Any, other: Any) -> float:
+        if said and said[-1].startswith("verifying"):
+            found.append(difference(one, other))
+        return math.inf if len(found) == 2 else difference(one, other)
+
+    monkeypatch.setattr(merge, "_largest_difference", differ)
+    with pytest.raises(ModelError, match="the written files differ from base and adapter"):
+        merge.merge(run, say=said.append)
+    assert names(run) == {"adapter", "run.json"}
+
+
 def test_weights_too_large_for_float16(run: Path) -> None:
     """float16 ends at 65504; A and B times 1e3 give products above it."""
     from safetensors.torch import load_file, save_file
@@ -333,7 +350,7 @@ def test_the_output_is_new_or_empty(run: Path, tmp_path: Path) -> None:
     (full / "mine.txt").write_text("mine")
     file.write_text("mine")
     empty.mkdir()
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="full is not empty"):
         merge.merge(run, output=full, say=silent)
     with pytest.raises(OutputError, match="is a file"):
         merge.merge(run, output=file, say=silent)

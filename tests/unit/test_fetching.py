@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,3 +74,47 @@ def test_a_bit_that_rots_is_found_at_the_same_size_and_time(tmp_path: Path) -> N
     link.write_bytes(BODY.upper())
     os.utime(link, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not fetching._is_as_announced(link)
+
+
+class Answer(SimpleNamespace):
+    """What the Hub's client takes for one."""
+
+    def read(self) -> bytes:
+        return b""
+
+    def iter_raw(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def send(patience: fetching._Patience, answer: Answer) -> list[Answer]:
+    """How often a request was made, by its answers."""
+    asked = []
+
+    def plain(request: object, **options: object) -> Answer:
+        asked.append(answer)
+        return answer
+
+    patience.send(plain, SimpleNamespace(extensions={}))
+    return asked
+
+
+def test_a_request_is_made_once_where_it_is_answered_and_not_at_all_offline() -> None:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    well = Answer(status_code=200, headers={})
+    assert send(fetching._Patience("owner/name", offline=False), well) == [well]
+    with pytest.raises(OfflineModeIsEnabled):
+        send(fetching._Patience("owner/name", offline=True), well)
+
+
+def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    patience = fetching._Patience("owner/name", offline=False)
+    with pytest.raises(HubError, match=r"asked too often.*3600 seconds"):
+        send(patience, Answer(status_code=429, headers={"retry-after": "3600"}))
+    patience.since = time.monotonic() - 3600
+    with pytest.raises(HubError, match=r"does not deliver owner/name.*next to nothing from it for 30 seconds"):
+        send(patience, Answer(status_code=200, headers={}))

@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from politune.config import DataSpec
 from politune.data import hub
@@ -314,3 +317,64 @@ def test_what_datasets_cannot_read_is_a_data_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match="cannot be read: Config name is missing"):
         hub._read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT)
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+SPEC = DataSpec(dataset_name="owner/name")
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What the Hub's client gives, to be changed."""
+    given = {"commit": COMMIT, "listing": ["train.csv"]}
+
+    def tree(*_: Any, **__: Any) -> list[SimpleNamespace]:
+        if given["listing"] is None:
+            raise CachedRepoTreeNotFoundError
+        return [SimpleNamespace(path=name) for name in given["listing"]]
+
+    def info(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(sha=given["commit"], siblings=[SimpleNamespace(rfilename="train.csv")])
+
+    (tmp_path / "train.csv").write_text(CSV)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "train.csv"))
+    monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", tree)
+    return given
+
+
+def test_an_answer_without_a_commit_is_not_the_hubs(client: dict[str, Any]) -> None:
+    client["commit"] = None
+    with pytest.raises(HubError, match="what answers for owner/name is not the Hub"):
+        hub.fetch(SPEC, offline=False)
+
+
+def test_a_commit_that_is_made_meanwhile_is_said(client: dict[str, Any]) -> None:
+    with pytest.raises(HubError, match="changed on the Hub while it was being fetched"):
+        hub.fetch(SPEC, offline=False)
+
+
+def test_a_cache_without_a_listing_could_be_a_part(client: dict[str, Any]) -> None:
+    client["listing"] = None
+    with pytest.raises(HubError, match="does not say which files owner/name has"):
+        hub.fetch(SPEC, offline=True)
+
+
+def test_a_file_that_only_the_listing_has_is_not_cached(client: dict[str, Any]) -> None:
+    client["listing"] = ["train.jsonl"]
+    with pytest.raises(HubError, match="is not in the cache"):
+        hub.fetch(SPEC, offline=True)
+
+
+def test_a_network_that_fails_is_said() -> None:
+    with pytest.raises(HubError, match="the Hub did not deliver"), hub._hub_errors(SPEC, False):
+        raise ConnectionResetError
+
+
+def test_a_split_that_the_card_does_not_have() -> None:
+    declared = [{"config_name": "default", "data_files": [{"split": "test", "path": "b.jsonl"}]}]
+    with pytest.raises(DataError, match="has no split 'train'; it has test"):
+        hub._declared_files(SPEC, ["b.jsonl"], declared)

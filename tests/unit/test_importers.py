@@ -76,3 +76,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
         imported("pairs", "left,right\nMore.,Fewer.\n", tmp_path)
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "items.csv"
+    source.write_text("left,right\nMore.,Fewer.\n")
+    with pytest.raises(OutputError, match="cannot write"):
+        import_items("pairs", source, source / "mine.jsonl", licence="CC0-1.0")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from politune.config import DataSpec
 from politune.data import sources
@@ -167,3 +168,45 @@ def test_shipped_instruments_have_what_they_promise() -> None:
     assert len(load("politune-open").of(Open)) >= 40
     guards = load("politune-guards")
     assert [len(guards.of(kind)) >= least for kind, least in ((Choice, 60), (Passage, 20), (Request, 20))] == [True] * 3
+
+
+ON_AXIS = {"id": "a", "topic": "t", "axis": "economic"}
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (pair(1, left=[], right=[]), "left has 0 wordings"),
+        ({**ON_AXIS, "kind": "texts", "prompts": [], "left": "More.", "right": "Fewer."}, "prompts"),
+        ({**ON_AXIS, "kind": "statement", "text": [], "key": 1}, "text"),
+        ({**ON_AXIS, "kind": "statement", "text": ["More."], "key": 1, "weight": 0}, "weight"),
+        ({"kind": "choice", "id": "a", "topic": "t", "prompt": "One", "options": ["and"], "answer": 0}, "options"),
+        (
+            {"kind": "choice", "id": "a", "topic": "t", "prompt": "One", "options": ["and", "or"], "answer": -1},
+            "answer",
+        ),
+    ],
+)
+def test_an_item_has_something_to_ask(item: dict[str, object], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        parse(file_of(item), "mine.jsonl")
+
+
+def test_an_instrument_has_an_axis_and_stays_as_it_is() -> None:
+    with pytest.raises(DataError, match="axes"):
+        parse(file_of({"kind": "passage", "id": "a", "topic": "t", "text": "Prose."}, axes={}), "mine.jsonl")
+    with pytest.raises(ValidationError, match="frozen"):
+        parse(file_of(pair(1)), "mine.jsonl").header.name = "other"  # type: ignore[misc]
+
+
+def test_what_csv_cannot_hold_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("kind,axis,topic,prompt\nopen,economic,tax,Write of taxes.\n")
+    with pytest.raises(DataError, match="kind open cannot be written as CSV"):
+        load(str(tmp_path / "mine.csv"))
+
+
+def test_an_instrument_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.jsonl").write_bytes(file_of(pair(1)))
+    monkeypatch.setattr(instruments, "MAX_BYTES", 20)
+    with pytest.raises(DataError, match="is larger than"):
+        load(str(tmp_path / "mine.jsonl"))

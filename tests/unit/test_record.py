@@ -7,6 +7,9 @@ import pytest
 
 from politune import presets, record
 from politune.config import Run
+from politune.errors import ConfigError, OutputError
+from politune.presets import flatten
+from politune.training import identity
 
 
 def run_of(name: str = "llama3-left", **flags: object) -> Run:
@@ -153,3 +156,14 @@ def test_a_card_without_another_base_has_no_line_of_it() -> None:
 )
 def test_settings_are_read_from_whatever_is_there(papers: dict[str, object], settings: dict[str, object]) -> None:
     assert record.settings_of(papers) == settings
+
+
+def test_a_finished_run_is_shown_for_its_own_settings_only() -> None:
+    run = run_of()
+    settings = {key: {"value": json.loads(json.dumps(value))} for key, value in flatten(run).items()}
+    settings["method"] = {"value": run.method}
+    identity.check_finished({"settings": settings}, run)
+    with pytest.raises(ConfigError, match=r"train\.beta: 0\.1 -> 0\.3"):
+        identity.check_finished({"settings": settings}, run_of(**{"train.beta": 0.3}))
+    with pytest.raises(OutputError, match=r"run\.json is damaged"):
+        identity.check_finished({"settings": {}}, run)

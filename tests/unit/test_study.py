@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from politune import locks
 from politune.errors import ConfigError, Interrupted, OutputError, PolituneError
@@ -77,6 +78,7 @@ def test_the_shipped_study_gives_its_arms_the_same() -> None:
     [
         ("seeds = [1, 2]", "seeds = [1, 1]", "a seed is there twice"),
         ("seeds = [1, 2]", "seeds = []", "seeds"),
+        ("seeds = [1, 2]", "seeds = [1, -2]", "seeds.1"),
         ('control = "placebo"', 'control = "nobody"', "control names no arm: nobody"),
         ("learning_rate", "seed = 3, learning_rate", "train.seed, which the study gives"),
         ("learning_rate", "lerning_rate", "did you mean train.learning_rate"),
@@ -116,6 +118,23 @@ def test_a_study_that_is_nowhere_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no study .*nowhere") as caught:
         spec.load(str(tmp_path / "nowhere.toml"))
     assert "demo" in str(caught.value)
+
+
+def test_a_study_is_a_small_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="is larger than"):
+        patch.setattr(spec, "MAX_BYTES", 20)
+        spec.load(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        spec.load(str(path))
+
+
+def test_a_study_has_an_arm_and_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="arms"):
+        spec.Study(title="A study", seeds=(1,), arms={})
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.load(str(write(tmp_path))).title = "Another"  # type: ignore[misc]
 
 
 def claimed(tmp_path: Path, text: str = SMALL) -> tuple[spec.Study, tuple[spec.Task, ...]]:
@@ -237,6 +256,17 @@ def test_the_slurm_script_runs_each_run_once(tmp_path: Path) -> None:
 def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run 4: the study has 4"):
         studies.study(str(write(tmp_path)), tmp_path / "out", only=4, say=lambda line: None)
+
+
+def test_a_directory_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    with (
+        locks.owned(tmp_path, OutputError("free")),
+        pytest.raises(OutputError, match="busy"),
+        locks.owned(tmp_path, OutputError("busy")),
+    ):
+        pass
+    with pytest.raises(OutputError, match="cannot write to"), locks.owned(tmp_path / "nowhere", OutputError("busy")):
+        pass
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
