@@ -346,6 +346,7 @@ def kinds() -> dict[str, Kind]:
         "503 at the listing": Kind(to(("listing",), always(refusal(503))), waits=True),
         "503 at the content": Kind(to_content(lambda well: refusal(503))),
         "504": Kind(always(refusal(504))),
+        "503 once, then well": Kind(at_first(1, always(refusal(503))), 0, 0),
         "500 twice, then well": Kind(at_first(2, always(refusal(500))), 0, 0),
         "a byte per second": Kind(to_content(slow), waits=True, lasts=25),
         "slow but steady, for more than half a minute": Kind(

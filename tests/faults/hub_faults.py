@@ -39,11 +39,12 @@ IN_TIME_SECONDS = 60.0
 WAITING = 8
 """Trials at a time that wait for a Hub, and compute little."""
 
+INSTRUMENTS = Path(presets.__file__).parents[1] / "lean" / "instruments"
 LINE = b'{"prompt": "Ba de?", "chosen": "Fi go.", "rejected": "Lu ma."}\n'
 
 SOME = (
     ("gated, nobody logged in", "model"), ("private", "data"), ("429, to wait an hour", "model"),
-    ("500 twice, then well", "data"), ("cut in the middle", "model"),
+    ("503 once, then well", "data"), ("cut in the middle", "model"),
     ("other bytes of the same length", "model"), ("other bytes of the same length", "data"),
 )  # fmt: skip
 
@@ -439,10 +440,12 @@ def _by_its_own_process(lab: Lab, repositories: list[Repository], expected: str)
 
 
 def _presets(lab: Lab, repositories: list[Repository], whole: bool) -> Figure:
-    """Whole: every one, measured with all instruments; else one of them, with the shortest."""
+    """Whole: every one, measured with all instruments; else one of them, with a few items of one."""
     demo_cache = _plant_demo(lab)
     names = presets.shipped_names() if whole else ["mistral-left"]
-    instruments = [] if whole else ["--instrument", "politune-guards"]
+    few = lab.work / "few.jsonl"
+    few.write_bytes(b"".join((INSTRUMENTS / "politune-core.jsonl").read_bytes().splitlines(keepends=True)[:13]))
+    instruments = [] if whole else ["--instrument", few]
 
     def trial(name: str) -> str | None:
         with lab.place("preset") as place, StandIn(repositories) as hub:

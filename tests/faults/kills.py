@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from faults.damage import train_plainly
 from faults.figures import Figure, count, side_by_side
@@ -390,15 +391,15 @@ def meet(place: Path, number: int) -> None:
     """In the child: waits for the other one between the look at the directory and the lock."""
     from politune.training import directory
 
-    make = directory._make
+    owned = directory.owned
 
-    def met(path: Path) -> None:
-        make(path)
+    def met(*args: Any) -> Any:
         (place / str(number)).touch()
         while not (place / str(1 - number)).exists():
             time.sleep(0.0002)
+        return owned(*args)
 
-    directory._make = met
+    directory.owned = met
 
 
 def meet_without_a_lock(place: Path, number: int) -> None:

@@ -84,9 +84,10 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
     """
     with contextlib.ExitStack() as stack:
         if is_main_process():
-            if not (directory / LOCK).exists():
-                _check(directory, resume)  # nothing, not even a lock, is put into a directory of something else
-            _make(directory)
+            with _writable(directory):
+                if not (directory / LOCK).exists():
+                    _check(directory, resume)  # nothing, not even a lock, is put into a directory of something else
+                directory.mkdir(parents=True, exist_ok=True)
             fix = "wait for it to end, or choose another --output_dir"
             stack.enter_context(owned(directory, OutputError(f"another run is at work in {safe(directory)}", fix=fix)))
             _check(directory, resume)  # a run may have come and gone before the lock was ours
@@ -121,11 +122,6 @@ def _check(directory: Path, resume: bool) -> None:
         raise OutputError(f"{shown} holds no run to resume", why=why, fix=fix)
     if not resume and directory.is_dir() and not _is_free(directory, papers):
         raise OutputError(f"{shown} is not empty", fix="go on with --resume, or choose another --output_dir")
-
-
-def _make(directory: Path) -> None:
-    with _writable(directory):
-        directory.mkdir(parents=True, exist_ok=True)
 
 
 def _probe(directory: Path) -> None:
