@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy  # noqa: TID253 - a benchmark
+import numpy
 
 from politune.lean import analysis, instruments
 from politune.lean.analysis import POLITICAL, Part

@@ -187,16 +187,26 @@ def test_clean_data_has_no_findings() -> None:
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_lopsided_length_comes_first(side: str) -> None:
+def test_a_lopsided_length_is_found_with_its_sizes(side: str) -> None:
     """86 of 100 rows, as in a public set; median 6 against 3 words (100 rows, of which 86 have the longer side)."""
     long, short = "one two three four five", "one two"
     texts = {"chosen": short, "rejected": short, side: long}
     report = look(*many(86, **texts), *many(14, start=86))
     assert found(report)["longer-side"].share == 0.86
     sizes = "6 against 3" if side == "chosen" else "3 against 6"
-    assert report.headline.endswith(
-        f"{side} is longer in 86% of the rows (median {sizes} words): a run can win on length alone"
+    words = f"{side} is longer in 86% of the rows (median {sizes} words): a run can win on length alone"
+    assert found(report)["longer-side"].text == words
+
+
+def test_what_the_forensics_find_is_a_finding_and_a_section() -> None:
+    rows = many(40, chosen="a {i} b c, d", rejected="a {i} b c d") + many(
+        40, start=40, chosen="e {i} f, g", rejected="e {i} f g"
     )
+    report = look(*rows)
+    assert "commas per word in 100% of the rows" in found(report)["shortcuts"].text
+    assert "commas per word" in str(report.sections())
+    assert report.driven
+    assert look(*rows[:20]).shortcuts is None, "too few prompts to say anything"
 
 
 def test_a_few_rows_prove_nothing() -> None:

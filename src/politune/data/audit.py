@@ -25,6 +25,7 @@ from politune.data.format import (
     prompt_key,
     unusable,
 )
+from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
 from politune.errors import safe
 from politune.report import Bars, Facts, Lines, Section
 from politune.report import Table as Grid
@@ -126,6 +127,8 @@ class InspectReport:
     histogram: Bars
     example_id: str
     example: tuple[str, ...]
+    shortcuts: Forensics | None = None
+    driven: tuple[tuple[str, tuple[str, ...]], ...] = ()
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -140,10 +143,13 @@ class InspectReport:
         if self.longer:
             sections.append(self._longer())
         sections.append(self._marks())
+        if self.shortcuts is not None:
+            sections += self.shortcuts.sections()
         if self.tokens is not None:
             sections.append(self._tokens(self.tokens))
         title = f"{safe(self.example_id, 80)}, the row of median length, as it is trained"
-        return [*sections, self.histogram, Lines(title, self.example, boxed=True)]
+        driven = [Lines(f"{name}, a row that shortcuts give away", lines, boxed=True) for name, lines in self.driven]
+        return [*sections, self.histogram, Lines(title, self.example, boxed=True), *driven]
 
     def _source(self) -> Facts:
         columns = ", ".join(safe(column, 40) for column in self.columns[:20])
@@ -242,6 +248,8 @@ def _measure(
     shown = in_tokens or in_words
     totals = [prompt + max(sides) for prompt, *sides in shown]
     middle = sorted(range(len(rows)), key=totals.__getitem__)[len(rows) // 2]
+    usable, forensics = _examine(rows)
+    given_away = [usable[number] for number in forensics.driven] if forensics else []
     return InspectReport(
         name=table.name,
         method=method,
@@ -265,7 +273,18 @@ def _measure(
         histogram=_histogram(totals, "tokens" if in_tokens else "words"),
         example_id=rows[middle].id,
         example=_example(rows[middle], encoded[middle] if encoded else None, tokenizer),
+        shortcuts=forensics,
+        driven=tuple((safe(rows[index].id, 80), _example(rows[index], None, None)) for index in given_away),
     )
+
+
+def _examine(rows: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
+    """(the numbers of the pairs that would be trained on, their forensics); None for conversations and for few prompts."""
+    usable = [index for index, row in enumerate(rows) if isinstance(row, PreferenceRow) and unusable(row) is None]
+    pairs = [Pair(repr(prompt_key(rows[index])), *rows[index].completions) for index in usable]
+    if len({pair.prompt for pair in pairs}) < FEWEST_PROMPTS:
+        return usable, None
+    return usable, examine(pairs)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -492,10 +511,22 @@ def _check_template(report: InspectReport) -> Iterator[Finding]:
             yield Finding(MISLEADS, name, f"{_of(count, report)} {text}", count / report.rows)
 
 
+def _check_shortcuts(report: InspectReport) -> Iterator[Finding]:
+    if report.shortcuts is None:
+        return
+    if found := report.shortcuts.without_content:
+        named = ", ".join(f"{each.feature} in {each.estimate.accuracy:.0%} of the rows" for each in found[:3])
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        text = f"the content aside, chosen is told from rejected by {named}{more}"
+        yield Finding(MISLEADS, "shortcuts", text, found[0].estimate.accuracy)
+    yield Finding(WORTH_KNOWING, "words", report.shortcuts.words_line, report.shortcuts.words.accuracy)
+
+
 CHECKS: tuple[Callable[[InspectReport], Iterator[Finding]], ...] = (
     _check_unusable,
     _check_overlength,
     _check_longer_side,
+    _check_shortcuts,
     _check_marks,
     _check_repetition,
     _check_template,

@@ -1,0 +1,137 @@
+"""Whether the forensics of `inspect-data` find a shortcut that is there, name none that is not, and how often intervals cover.
+
+python benchmarks/shortcuts.py [SETS]
+
+Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands on the chosen side in 60 % of the rows. The
+set without one is, in turns, such sentences and the shipped stances with their sides shuffled. Writes benchmarks/SHORTCUTS.md.
+"""
+
+import math
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from politune.config import DataSpec
+from politune.data import sources
+from politune.data.features import FUNCTION_WORDS
+from politune.data.format import to_preference_rows
+from politune.data.shortcuts import Pair, estimate, examine
+
+PAGE = Path(__file__).with_name("SHORTCUTS.md")
+ROWS, SHARE = 1000, 0.6
+SYLLABLES = ["ba", "de", "fi", "go", "lu", "ma", "ne", "po", "ri", "su", "ta", "ve", "zo", "ka", "li", "mu"]
+VOCABULARY = [first + second + third for first in SYLLABLES for second in SYLLABLES for third in ("", "n", "r", "st")]
+
+
+def answer(draw: random.Random) -> str:
+    """Three to six sentences of 8 to 16 words, a third of them function words, the others by Zipf's law."""
+    sentences = []
+    for _ in range(draw.randint(3, 6)):
+        words = [
+            draw.choice(FUNCTION_WORDS)
+            if draw.random() < 0.35
+            else VOCABULARY[int(len(VOCABULARY) ** draw.random()) - 1]
+            for _ in range(draw.randint(8, 16))
+        ]
+        words[draw.randrange(len(words) - 1)] += draw.choice(("", ","))
+        sentences.append(" ".join(words).capitalize() + ".")
+    return " ".join(sentences)
+
+
+def one_sentence_more(text: str, other: str, draw: random.Random) -> tuple[str, str]:
+    """The other one is cut to the length in sentences less one."""
+    count = min(text.count("."), other.count("."))
+    return " ".join(text.split(". ")[:count]), ". ".join(other.split(". ")[: count - 1]) + "."
+
+
+PLANTS: dict[str, Callable[[str, str, random.Random], tuple[str, str]]] = {
+    "one sentence more": one_sentence_more,
+    "a line break at the beginning": lambda text, other, draw: ("\n" + text, other),
+    "a quotation mark": lambda text, other, draw: (f'"{text}"', other),
+    "an opening word": lambda text, other, draw: (f"Well, {text}", f"So, {other}"),
+    "one more comma": lambda text, other, draw: (text.replace(" ", ", ", 2).replace(",,", ","), other),
+    "one word somewhere": lambda text, other, draw: (_insert(text, "liberty", draw), other),
+    "a closing word": lambda text, other, draw: (f"{text} Indeed.", f"{other} Truly."),
+}
+
+
+def _insert(text: str, word: str, draw: random.Random) -> str:
+    words = text.split(" ")
+    words.insert(draw.randrange(1, len(words) - 1), word)
+    return " ".join(words)
+
+
+def planted(name: str | None, seed: int) -> list[Pair]:
+    draw = random.Random(f"{name} {seed}")
+    pairs = []
+    for row in range(ROWS):
+        one, two = answer(draw), answer(draw)
+        if name is not None:
+            one, two = PLANTS[name](one, two, draw)
+            if draw.random() >= SHARE:
+                one, two = two, one
+        pairs.append(Pair(f"prompt {row}", one, two))
+    return pairs
+
+
+def shuffled_stances(seed: int) -> list[Pair]:
+    spec = DataSpec(dataset_name="stances", direction="shuffled")
+    rows = to_preference_rows(sources.load(spec), "shuffled", seed).rows
+    return [Pair(row.prompt[-1]["content"], row.chosen, row.rejected) for row in rows]
+
+
+def names_one(case: tuple[str | None, int]) -> bool:
+    name, seed = case
+    pairs = shuffled_stances(seed) if name is None and seed % 2 else planted(name, seed)
+    return bool(examine(pairs).found)
+
+
+def covered(rows: int, share: float, prompts: int, ties: float, sets: int) -> float:
+    """Share of sets whose interval holds the true accuracy; rows of one prompt lean the same way."""
+    rng = np.random.default_rng(rows + prompts)
+    groups = np.arange(rows) % prompts
+    hits = 0
+    for _ in range(sets):
+        # A prompt's own accuracy is 1 or 0 for half of the prompts, so that its rows agree more than chance has it.
+        leaning = np.where(rng.random(prompts) < 0.5, rng.random(prompts) < share, np.nan)[groups]
+        drawn = rng.random(rows) < share
+        values = np.where(np.isnan(leaning), drawn, leaning).astype(float)
+        values[rng.random(rows) < ties] = 0.5
+        found = estimate(values, groups)
+        hits += found.low <= share * (1 - ties) + 0.5 * ties <= found.high
+    return hits / sets
+
+
+def main() -> None:
+    sets = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    started = time.monotonic()
+    lines = [
+        "# Shortcuts: found where they are, and not where they are not\n",
+        f"\nWritten by `python benchmarks/shortcuts.py {sets}` ({platform.python_version()}).\n",
+        f"\n| planted on the chosen side in {SHARE:.0%} of {ROWS:,} rows | sets in which a shortcut is named |\n|---|---|\n",
+    ]
+    with ProcessPoolExecutor(2) as pool:
+        for name in (None, *PLANTS):
+            found = sum(pool.map(names_one, [(name, seed) for seed in range(sets)]))
+            lines.append(f"| {name or 'nothing; half of the sets are the stances, shuffled'} | {found} of {sets} |\n")
+            print(lines[-1], end="", flush=True)
+    lines.append("\n| rows | prompts | true accuracy | ties | intervals that hold it |\n|---|---|---|---|---|\n")
+    for rows, prompts in ((1000, 1000), (1000, 300), (200, 200)):
+        for share, ties in ((0.5, 0.0), (0.6, 0.0), (0.86, 0.0), (0.6, 0.8)):
+            true = share * (1 - ties) + 0.5 * ties
+            lines.append(
+                f"| {rows} | {prompts} | {true:.2f} | {ties:.0%} | {covered(rows, share, prompts, ties, 4000):.1%} |\n"
+            )
+            print(lines[-1], end="", flush=True)
+    lines.append(f"\n{math.ceil((time.monotonic() - started) / 60)} minutes on two cores.\n")
+    PAGE.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What tells chosen from rejected: found where it is planted, and how sure. Simulations are in benchmarks/shortcuts.py."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from politune.data import shortcuts
+from politune.data.features import FEATURES, Text
+from politune.data.shortcuts import Forensics, Pair, Shortcut, balancing_weights, estimate, examine
+
+WORDS = [
+    f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu", "ma") for second in ("ne", "po", "ri", "su", "ta")
+]
+
+
+def answers(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Two sentences each, of words that are drawn alike."""
+    draw = random.Random(seed)
+
+    def one() -> str:
+        return f"{' '.join(draw.choices(WORDS, k=7))}. {' '.join(draw.choices(WORDS, k=7))}."
+
+    return [(one(), one()) for _ in range(count)]
+
+
+def planted(change: Callable[[str], str], share: float, count: int = 400, seed: int = 0) -> Forensics:
+    """The change is made to the chosen answer in a share of the rows, and to the rejected one in the others."""
+    draw = random.Random(seed)
+    pairs = []
+    for row, (one, two) in enumerate(answers(count, seed)):
+        one = change(one)
+        chosen, rejected = (one, two) if draw.random() < share else (two, one)
+        pairs.append(Pair(f"prompt {row}", chosen, rejected))
+    return examine(pairs)
+
+
+def of(forensics: Forensics, feature: str) -> Shortcut:
+    (found,) = (each for each in forensics.shortcuts if each.feature == feature)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("feature", "change"),
+    [
+        ("length in words", lambda text: f"{text} And more"),
+        ("begins with a line break", lambda text: f"\n{text}"),
+        ("quotation marks", lambda text: f'"{text}"'),
+        ("digits", lambda text: text.replace("ba", "7", 1) + " 12"),
+        ("commas per word", lambda text: text.replace(" ", ", ", 3)),
+        ("exclamation marks", lambda text: text.replace(".", "!", 1)),
+        ("opening word", lambda text: f"Well {text}"),
+        ("closing word", lambda text: f"{text} indeed."),
+        ("the most telling word", lambda text: text.replace(" ", " liberty ", 1)),
+        ("words", lambda text: text.replace(" ", " liberty ", 1)),
+        ("function words per word", lambda text: f"it is {text}"),
+        ("refusal phrases", lambda text: f"I cannot help with that. {text}"),
+        ("hedges per word", lambda text: f"Perhaps {text}"),
+    ],
+)
+def test_what_is_planted_is_found(feature: str, change: Callable[[str], str]) -> None:
+    found = of(planted(change, 0.75), feature)
+    assert found.is_found
+    assert found.estimate.low <= 0.75 <= found.estimate.high
+    assert found.estimate.low > 0.65
+
+
+def test_a_shortcut_on_the_rejected_side_is_one_as_well() -> None:
+    found = of(planted(lambda text: f"{text} {text}", 0.1), "length in words")
+    assert found.is_found
+    assert found.chosen == "is shorter in words"
+    assert found.estimate.low <= 0.9 <= found.estimate.high
+
+
+def test_nothing_is_named_where_there_is_nothing() -> None:
+    forensics = planted(lambda text: text, 0.5)
+    assert forensics.found == forensics.without_content == ()
+    assert forensics.balanced is None
+    assert "nothing is to be balanced" in forensics.words_line
+
+
+def test_every_word_is_judged_on_prompts_that_it_did_not_learn_from() -> None:
+    """Each row has a word of its own on the chosen side: learned by heart it tells everything, on other prompts nothing."""
+    pairs = [Pair(f"prompt {row // 4}", f"{one} only{row // 4}", two) for row, (one, two) in enumerate(answers(400))]
+    assert of(examine(pairs), "opening word").estimate.low < 0.55
+    words = of(examine(pairs), "words")
+    length = of(examine(pairs), "length in words")
+    assert length.estimate.accuracy == 1.0
+    assert length.estimate.rows == pytest.approx(100)
+    assert words.estimate.accuracy < 0.9
+
+
+def test_rows_of_one_prompt_are_not_independent() -> None:
+    values = np.repeat(np.random.default_rng(0).random(60) < 0.7, 20).astype(float)
+    together, apart = estimate(values, np.repeat(np.arange(60), 20)), estimate(values, np.arange(1200))
+    assert together.rows == pytest.approx(59, rel=0.05)
+    assert apart.rows == pytest.approx(1199, rel=0.01)
+    assert together.high - together.low > 3 * (apart.high - apart.low)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_an_interval_of_all_or_none_is_wilsons(accuracy: float) -> None:
+    found = estimate(np.full(100, accuracy), np.arange(100))
+    assert 0.0 <= found.low <= accuracy <= found.high <= 1.0
+    assert found.high - found.low == pytest.approx(0.037, abs=0.001)  # 3.84 / 103.84
+
+
+def test_weights_balance_all_features_at_once() -> None:
+    draw = np.random.default_rng(0)
+    signs = np.where(draw.random((2000, 3)) < [0.86, 0.7, 0.4], 1, -1)
+    weights = balancing_weights(signs)
+    assert weights is not None
+    assert weights.sum() == pytest.approx(1)
+    assert np.abs(weights @ signs).max() < shortcuts.BALANCED_WITHIN
+    assert balancing_weights(np.ones((2000, 1))) is None, "one side is always longer: no weights help"
+
+
+def test_words_that_only_say_which_is_longer_tell_nothing_once_it_is_balanced() -> None:
+    forensics = planted(lambda text: f"{text} and then some more of it", 0.8, count=800, seed=1)
+    assert forensics.words.low > 0.7
+    assert forensics.balanced is not None
+    assert forensics.balanced.low < 0.5 < forensics.balanced.high
+    assert f"with {len(forensics.balanced_on)} shortcuts balanced" in forensics.words_line
+
+
+def test_words_that_say_more_than_that_still_do() -> None:
+    draw = random.Random(1)
+    pairs = []
+    for row, (one, two) in enumerate(answers(800)):
+        long = draw.random() < 0.8
+        chosen, rejected = f"{one} liberty", f"{two} equality"
+        pairs.append(
+            Pair(str(row), f"{chosen} and so on" if long else chosen, rejected if long else f"{rejected} and so on")
+        )
+    forensics = examine(pairs)
+    assert forensics.balanced is not None
+    assert forensics.balanced.low > 0.95
+
+
+def test_the_order_of_the_rows_changes_no_number() -> None:
+    rows = [Pair(f"prompt {row // 2}", f"{one} more", two) for row, (one, two) in enumerate(answers(120))]
+    ours, theirs = examine(rows), examine(rows[::-1])
+    for feature in FEATURES:
+        one, two = of(ours, feature.name), of(theirs, feature.name)
+        assert (one.chosen, one.decided, one.p) == (two.chosen, two.decided, pytest.approx(two.p))
+        assert one.estimate.low == pytest.approx(two.estimate.low)
+
+
+def test_the_rows_that_are_given_away_most_come_first() -> None:
+    """Longer and with a digit in most rows; one row alone has both on the other side, and a few have but one of them."""
+    pairs = []
+    for row, (one, two) in enumerate(answers(200)):
+        gifts = {0: " 7", 1: " and more"}.get(row % 10, " 7 and more")
+        pairs.append(Pair(str(row), one + gifts, two) if row != 50 else Pair(str(row), two, one + " 7 and more"))
+    forensics = examine(pairs)
+    assert len(forensics.driven) == shortcuts.SHOWN_ROWS
+    assert not {row for row in forensics.driven if row % 10 in (0, 1)}
+    assert 50 not in forensics.driven
+
+
+def test_few_prompts_say_nothing() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        examine([Pair(f"prompt {row % 49}", one, two) for row, (one, two) in enumerate(answers(100))])
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\x00", "\ud800", "x" * 100_000, "中文字", "\U0001f600", "1.\n2.\n", "[" * 1000]
+)
+def test_every_text_has_every_feature(text: str) -> None:
+    for feature in FEATURES:
+        assert np.isfinite(feature.measure(Text(text))), feature.name
