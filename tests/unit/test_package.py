@@ -24,7 +24,7 @@ NEEDED_BY_OTHERS = {
     "gguf": "transformers' GGUF loading (the demo model)",
     "tensorboard": "torch.utils.tensorboard",
 }
-IMPORT_NAMES = {"huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "scikit-learn": "sklearn"}
 
 
 def imported() -> set[str]:
