@@ -3,6 +3,7 @@
 The settings of a run are not listed here: each field of `politune.config` becomes a flag of the same name.
 """
 
+import contextlib
 import errno
 import os
 import shlex
@@ -129,7 +130,8 @@ def _prepare_environment() -> None:
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open as long as the process
         elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a caller put another file into the stream's place
+                getattr(sys, name).reconfigure(errors="backslashreplace")
     for name in (
         "HF_HUB_DISABLE_TELEMETRY",
         "DO_NOT_TRACK",

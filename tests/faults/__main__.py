@@ -1,9 +1,11 @@
-"""`make faults`: every figure of what a run survives, written to docs/faults.md."""
+"""`make faults`: every figure of what a run survives, written to docs/faults.md, a section for each subject."""
 
 import argparse
+import datetime
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -22,13 +24,19 @@ SUBJECTS = (
 
 HEAD = """# What a run survives
 
-Written by `make faults`: {trials:,} trials in {minutes:.0f} minutes on {machine} (Python {python}).
-Runs are those of a two-layer model, each a process of its own; *equal* means the bytes of the adapter of a run that nothing
-happened to.
+Written by `make faults`: {trials:,} trials in {minutes} minutes on {machine} (Python {python}).
+Runs are those of a two-layer model, killed, starved and damaged in processes of their own; *equal* means the bytes of the
+adapter of a run that nothing happened to.
+"""
+SECTION = """
+## {subject}
+
+{trials:,} trials in {minutes:.1f} minutes, {date}.
 
 | what happens, and what must come of it | good | of | seed | beside it |
 |---|---|---|---|---|
 """
+SUM = re.compile(r"^([\d,]+) trials in ([\d.]+) minutes", re.MULTILINE)
 
 
 def main() -> int:
@@ -37,20 +45,20 @@ def main() -> int:
     parser.add_argument("subjects", nargs="*", default=SUBJECTS, help=f"of {', '.join(SUBJECTS)}; without any, all")
     parser.add_argument("--some", action="store_true", help="as few trials as `make test` does")
     arguments = parser.parse_args()
-    started, found = time.monotonic(), list[Figure]()
+    started, failed = time.monotonic(), False
     work = Path(tempfile.mkdtemp(prefix="politune-faults-"))
     lab = Lab(work / "lab")
     for subject in arguments.subjects:
-        module = importlib.import_module(f"faults.{subject}")
+        module, begun, found = importlib.import_module(f"faults.{subject}"), time.monotonic(), list[Figure]()
         for figure in module.figures(lab, whole=not arguments.some):
             found.append(figure)
             minutes = (time.monotonic() - started) / 60
             print(f"{minutes:5.1f} min  {figure.good} of {figure.of}  {figure.what}", file=sys.stderr, flush=True)
             for failure in figure.failures:
                 print(f"           {failure}", file=sys.stderr, flush=True)
-    if tuple(arguments.subjects) == SUBJECTS and not arguments.some:
-        PAGE.write_text(_page(found, (time.monotonic() - started) / 60), encoding="utf-8")
-    failed = any(figure.failures for figure in found)
+        failed |= any(figure.failures for figure in found)
+        if not arguments.some:
+            _write(subject, found, (time.monotonic() - begun) / 60)
     if failed:
         print(f"what they left is in {work}", file=sys.stderr)
     else:
@@ -58,14 +66,22 @@ def main() -> int:
     return int(failed)
 
 
-def _page(figures: list[Figure], minutes: float) -> str:
-    trials = sum(figure.of for figure in figures)
-    head = HEAD.format(trials=trials, minutes=minutes, machine=find_processor(), python=platform.python_version())
-    lines = [
+def _write(subject: str, figures: list[Figure], minutes: float) -> None:
+    """The subject's section anew, the others as their last whole runs left them."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    sections = {each.partition("\n")[0]: f"\n## {each.rstrip()}\n" for each in text.split("\n## ")[1:]}
+    trials, date = sum(figure.of for figure in figures), datetime.datetime.now(tz=datetime.UTC).date()
+    sections[subject] = SECTION.format(subject=subject, trials=trials, minutes=minutes, date=date) + "".join(
         f"| {each.what} | {each.good} | {each.of} | {'' if each.seed is None else each.seed} | {each.beside} |\n"
         for each in figures
-    ]
-    return head + "".join(lines)
+    )
+    body = "".join(sections[name] for name in SUBJECTS if name in sections)
+    sums = [(int(trials.replace(",", "")), float(minutes)) for trials, minutes in SUM.findall(body)]
+    head = HEAD.format(
+        trials=sum(trials for trials, _ in sums), minutes=round(sum(minutes for _, minutes in sums)),
+        machine=find_processor(), python=platform.python_version(),
+    )  # fmt: skip
+    PAGE.write_text(head + body, encoding="utf-8")
 
 
 if __name__ == "__main__":

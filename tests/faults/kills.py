@@ -38,7 +38,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     yield _signalled(lab, 40 if whole else 3, seed=2)
     yield _pressed_twice(lab, 10 if whole else 1, seed=3)
     yield _races(lab, 50 if whole else 3)
-    yield _cycles(lab, 300 if whole else 3, seed=4)
+    yield _cycles(lab, 300 if whole else 4, seed=4)
 
 
 def _killed(lab: Lab, expected: str, seconds: float, trials: int, seed: int, beside: str) -> Figure:
@@ -415,7 +415,17 @@ def meet_without_a_lock(place: Path, number: int) -> None:
 
 
 def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
-    """One run that is killed again and again; each start leaves its number of open files, each end what is on the disk."""
+    """Two runs that are killed again and again; each start leaves its number of open files, each end what is on the disk."""
+    most = Counter[str]()
+    found = side_by_side(lambda number: _soak(lab, cycles // 2, seed + number, most), (0, 1))
+    failures = [flaw for each in found for flaw in (each if isinstance(each, list) else [each])]
+    beside = f"at most {most['files']} files, {most['bytes'] / 1e6:.1f} MB, {most['open files']} open files"
+    what = "start, kill, resume, again and again, and then to the end: equal, disk and open files flat"
+    return count(what, failures, seed=seed, beside=beside, at_least=cycles)
+
+
+def _soak(lab: Lab, cycles: int, seed: int, most: Counter[str]) -> list[str | None]:
+    """What went wrong in each of the cycles, and then in the end."""
     draw = random.Random(seed)
     settings = {"train__max_steps": 4 * cycles + 8, "train__save_steps": 1, "train__save_total_limit": 2}
     failures, names, sizes, opened = list[str | None](), list[int](), list[int](), list[int]()
@@ -423,9 +433,8 @@ def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
         out = place / "run"
         argv = lab.train(out, **settings)
         for cycle in range(cycles):
-            before = committed(out)
+            before, steps = committed(out), draw.randint(1, 3)
             child = lab.start([*argv, "--resume"] if cycle else argv, before=count_open_files, given=[place / "opened"])
-            steps = draw.randint(2, 4)
             _wait(child, lambda: (place / "opened").exists() and len((place / "opened").read_text().split()) >= steps)  # noqa: B023
             time.sleep(draw.uniform(0, 0.02))
             child.send(signal.SIGKILL)
@@ -439,19 +448,19 @@ def _cycles(lab: Lab, cycles: int, seed: int) -> Figure:
             sizes.append(sum(path.stat().st_size for path in paths if path.is_file() and path.name not in GROWING))
         once = place / "once"
         lab.run(lab.train(once, **settings))
-        failures.append(_flaw(lab, argv, out, adapter_hash(once), "the end of it"))
+        flaws = [_flaw(lab, argv, out, adapter_hash(once), "the end of it")]
         left = [path.name for path in out.rglob(".*") if path.name not in (".politune.lock",)]
     third = max(1, cycles // 3)
     grown = max(names[-third:]) - max(names[:third]), max(sizes[-third:]) / max(sizes[:third]) - 1
     if cycles > 30 and (grown[0] > 2 or grown[1] > 0.1):
-        failures.append(f"the disk grew by {grown[0]} files and {grown[1]:.0%} between the first and the last third")
+        flaws.append(f"the disk grew by {grown[0]} files and {grown[1]:.0%} between the first and the last third")
     if max(opened) - min(opened) > 2:
-        failures.append(f"open files went from {min(opened)} to {max(opened)}")
+        flaws.append(f"open files went from {min(opened)} to {max(opened)}")
     if left:
-        failures.append(f"left behind: {left}")
-    beside = f"at most {max(names)} files, {max(sizes) / 1e6:.1f} MB, {max(opened)} open files"
-    what = "start, kill, resume, again and again: equal, disk and open files flat"
-    return count(what, failures, seed=seed, beside=beside)
+        flaws.append(f"left behind: {left}")
+    for name, numbers in (("files", names), ("bytes", sizes), ("open files", opened)):
+        most[name] = max(most[name], *numbers)
+    return [*failures, "; ".join(flaw for flaw in flaws if flaw) or None]
 
 
 def count_open_files(path: Path) -> None:
