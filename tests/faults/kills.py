@@ -33,12 +33,12 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         assert ended.code == 0
         expected = adapter_hash(place / "run")
     beside = _plain_killed(lab, 20, seed=1) if whole else ""
-    yield _killed(lab, expected, ended.seconds, 200 if whole else 6, seed=1, beside=beside)
-    yield from _killed_at_operations(lab, expected, None if whole else 4, seed=8)
-    yield _signalled(lab, 40 if whole else 3, seed=2)
+    yield _killed(lab, expected, ended.seconds, 200 if whole else 4, seed=1, beside=beside)
+    yield from _killed_at_operations(lab, expected, None if whole else 2, seed=8)
+    yield _signalled(lab, 40 if whole else 2, seed=2)
     yield _pressed_twice(lab, 10 if whole else 1, seed=3)
-    yield _races(lab, 50 if whole else 3)
-    yield _cycles(lab, 300 if whole else 4, seed=4)
+    yield _races(lab, 50 if whole else 2)
+    yield _cycles(lab, 300 if whole else 2, seed=4)
 
 
 def _killed(lab: Lab, expected: str, seconds: float, trials: int, seed: int, beside: str) -> Figure:

@@ -50,3 +50,10 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_counts_of_the_readme_are_those_that_were_counted() -> None:
+    section = README.partition("## Reliability")[2].partition("\n## ")[0]
+    rows = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    counts = re.findall(r"([\d,]+) of ([\d,]+)", section)
+    assert len(counts) >= 8
+    for good, of in counts:
+        assert f"| {good.replace(',', '')} | {of.replace(',', '')} |" in rows, f"{good} of {of}"
