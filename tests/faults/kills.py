@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -451,9 +452,11 @@ def _soak(lab: Lab, cycles: int, seed: int, most: Counter[str]) -> list[str | No
         flaws = [_flaw(lab, argv, out, adapter_hash(once), "the end of it")]
         left = [path.name for path in out.rglob(".*") if path.name not in (".politune.lock",)]
     third = max(1, cycles // 3)
-    grown = max(names[-third:]) - max(names[:third]), max(sizes[-third:]) / max(sizes[:third]) - 1
+    # Not the largest: what stands beside the checkpoints depends on where in a save the kills came.
+    middle = statistics.median
+    grown = middle(names[-third:]) - middle(names[:third]), middle(sizes[-third:]) / middle(sizes[:third]) - 1
     if cycles > 30 and (grown[0] > 2 or grown[1] > 0.1):
-        flaws.append(f"the disk grew by {grown[0]} files and {grown[1]:.0%} between the first and the last third")
+        flaws.append(f"the disk grew by {grown[0]:.0f} files and {grown[1]:.0%} between the first and the last third")
     if max(opened) - min(opened) > 2:
         flaws.append(f"open files went from {min(opened)} to {max(opened)}")
     if left:
