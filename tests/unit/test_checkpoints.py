@@ -45,7 +45,7 @@ def test_an_unfinished_one_is_set_aside_until_enough_whole_ones_came_after_it(tm
     (unfinished / "optimizer.pt").write_bytes(b"moments")
     said: list[str] = []
     assert checkpoints.newest(tmp_path, said.append) is None
-    assert said == ["set aside checkpoint-3: it was not completely written"]
+    assert said == ["set aside checkpoint-3: it is not complete"]
     aside = tmp_path / checkpoints.SET_ASIDE / "checkpoint-3"
     for step in range(4, 4 + keep):
         assert (aside / "optimizer.pt").read_bytes() == b"moments"
@@ -72,3 +72,16 @@ def test_what_is_set_aside_takes_no_room_that_comes_back(tmp_path: Path) -> None
     checkpoints.newest(tmp_path, lambda line: None)
     sizes = sum(path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir())
     assert checkpoints.taken_bytes(tmp_path) == sizes < before
+
+
+def test_what_a_killed_process_left_half_removed_does_not_stay(tmp_path: Path) -> None:
+    """Killed while it rotated: the marker of the oldest one is gone, some of its files are not."""
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-2" / checkpoints.MARKER).unlink()
+    said: list[str] = []
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-6"
+    assert said == ["set aside checkpoint-2: it is not complete"]
+    write(tmp_path, 8)
+    checkpoints.rotate(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-8"}

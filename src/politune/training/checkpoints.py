@@ -67,14 +67,16 @@ def newest(directory: Path, set_aside: Callable[[str], None] | None = None) -> P
         set_aside: those that are damaged or were never finished are moved to `.damaged/`, each with one line through this;
             None leaves them where they are (of several processes only the first may move).
     """
+    found = None
     for checkpoint in reversed(_written(directory)):
-        flaw = _flaw(checkpoint)
+        # Behind the newest whole one only what a killed process left half removed is looked for.
+        flaw = _flaw(checkpoint) if found is None else _unfinished(checkpoint)
         if flaw is None:
-            return checkpoint
-        if set_aside is not None:
+            found = found or checkpoint
+        elif set_aside is not None:
             _move(checkpoint, directory / SET_ASIDE / checkpoint.name)
             set_aside(f"set aside {checkpoint.name}: {flaw}")
-    return None
+    return found
 
 
 def taken_bytes(directory: Path) -> int:
@@ -107,8 +109,8 @@ def _written(directory: Path) -> list[Path]:
 
 
 def _flaw(checkpoint: Path) -> str | None:
-    if not (checkpoint / MARKER).exists():
-        return "it was not completely written"
+    if flaw := _unfinished(checkpoint):
+        return flaw
     marker = read_json(checkpoint / MARKER) or {}
     # The marker is hashed as well: one changed bit in what the run was would read as a change of its settings.
     if marker.pop("sha256", None) != sha256_of_json(marker) or set(marker) != {"step", "identity", "files"}:
@@ -126,6 +128,10 @@ def _flaw(checkpoint: Path) -> str | None:
         if not same:
             return f"{safe(name)} has changed"
     return None
+
+
+def _unfinished(checkpoint: Path) -> str | None:
+    return None if (checkpoint / MARKER).exists() else "it is not complete"
 
 
 def _files(checkpoint: Path) -> list[Path]:
