@@ -95,7 +95,7 @@ def _ours(
             shutil.copytree(killed, place / "run")
             damage(place / "run" / "checkpoints" / NEWEST / name)
             ended = lab.run([*lab.train(place / "run"), "--resume"])
-            said = f"{NEWEST}:" in ended.err and "resuming from checkpoint-2" in ended.err
+            said = f"{NEWEST}:" in ended.err and went_on(ended, 2)
             good = ended.code == 0 and said and adapter_hash(place / "run") == expected
             return None if good else f"{name} {damage.__name__}: {ended.code} {ended.err[-300:]}"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from faults.damage import die_in_step
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Ended, Lab
+from faults.lab import Ended, Lab, committed, went_on
 from tiny.small_runs import adapter_hash
 
 DRAWS = 8
@@ -85,7 +85,7 @@ def _full(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Figure:
             argv = lab.train(disk / "run", train__save_steps=1)
             # The plan would refuse most of these before the first step: here it is the disk itself that says so.
             ended = lab.run(argv, before=expect_no_disk)
-            newest = _newest_committed(disk / "run")
+            newest = committed(disk / "run") or 0
             _remount(disk, "size=64m")
             kept[newest] += ended.code == 7
             return ended.code, _flaw(lab, argv, ended, newest, disk / "run", expected)
@@ -117,12 +117,6 @@ def _met(
     return f"none of {DRAWS} sizes was too small, the last of {size} bytes"
 
 
-def _newest_committed(run: Path) -> int:
-    """The step of the newest checkpoint that has its marker; 0 where none has one."""
-    steps = [path.parent.name.rpartition("-")[2] for path in run.glob("checkpoints/checkpoint-*/politune-commit.json")]
-    return max(map(int, steps), default=0)
-
-
 def _flaw(lab: Lab, argv: list[object], ended: Ended, newest: int, run: Path, expected: str) -> str | None:
     """What is wrong with a run that met a limit which is gone now, and with how it goes on."""
     if ended.code == 0 and adapter_hash(run) == expected:
@@ -133,9 +127,8 @@ def _flaw(lab: Lab, argv: list[object], ended: Ended, newest: int, run: Path, ex
     if newest < trained - 1:  # every step is saved, and a step begins when the one before it is
         return f"step {trained} was trained, and the newest checkpoint is of step {newest}"
     again = lab.go_on(argv)
-    told = [line for line in again.err.splitlines() if line.startswith("resuming from")]
-    if told != ([f"resuming from checkpoint-{newest}"] if newest else []):
-        return f"checkpoint-{newest} was the newest, and the next run says {told}"
+    if not went_on(again, newest or None):
+        return f"checkpoint-{newest} was the newest, and the next run says {again.err[-300:]}"
     good = again.code == 0 and adapter_hash(run) == expected
     return None if good else f"then without the limit: {again.code} {again.last}"
 
@@ -155,7 +148,7 @@ def _too_large(lab: Lab, expected: str, size: int, trials: int, seed: int) -> Fi
             run = place / "run"
             argv = lab.train(run, train__save_steps=1)
             ended = lab.run(argv, before=limit_file_size, given=[limit])
-            return ended.code, _flaw(lab, argv, ended, _newest_committed(run), run, expected)
+            return ended.code, _flaw(lab, argv, ended, committed(run) or 0, run, expected)
 
     found = side_by_side(lambda number: _met(attempt, 0.002 * size, 0.08 * size, number, trials, seed), range(trials))
     what = "no file larger than so many bytes: 7, equal once there is no limit"

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from faults.damage import die_in_step
 from faults.figures import Figure, count, side_by_side
-from faults.lab import Ended, Lab
+from faults.lab import Ended, Lab, went_on
 from politune.config import NOT_OF_AN_ADAPTER
 from politune.errors import safe
 from politune.presets import flatten, resolve
@@ -53,11 +53,10 @@ def flaw_of(ended: Ended, out: Path, expected: str, step: int, total: int) -> st
     """
     if ended.code:
         return f"{ended.code} {ended.last}"
-    said = re.findall(r"^resuming from checkpoint-(\d+)$", ended.err, re.MULTILINE)
     trained = [int(number) for number in re.findall(r"^step (\d+)/", ended.err, re.MULTILINE)]
     done = json.loads(ended.out)["steps_done_now"]
-    if said != ([str(step)] if step else []) or done != total - step or any(each <= step for each in trained):
-        return f"to go on after step {step} of {total}: resumed from {said}, {done} steps done, of them {trained}"
+    if not went_on(ended, step or None) or done != total - step or any(each <= step for each in trained):
+        return f"to go on after step {step} of {total}: {done} steps done, of them {trained}: {ended.err[-300:]}"
     return None if adapter_hash(out) == expected != "none" else "another adapter"
 
 
@@ -381,8 +380,9 @@ def _changed_surroundings(lab: Lab, whole: bool) -> Figure:
             flaw = _not_refused(lab.run([*lab.train(place / "trl"), "--resume"]), "trl.adam_beta1", 0.8, None)
             found.append(flaw and f"left out: {flaw}")
         control = lab.run([*argv, "--resume"])
-        went_on = control.code == 0 and "resuming from checkpoint-4" in control.err
-        found.append(None if went_on else f"nothing changed, and refused: {control.last}")
+        found.append(
+            None if control.code == 0 and went_on(control, 4) else f"nothing changed, and refused: {control.last}"
+        )
     what = "the data, the base, its template, its config, a library or the threads changed on resume: refused by name, old -> new"
     return count(what, found, at_least=8 if whole else 4)
 

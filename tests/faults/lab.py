@@ -184,7 +184,7 @@ def went_on(ended: Ended, step: int | None) -> bool:
 
     Equal bytes alone say nothing of it: a run that begins anew has them as well.
     """
-    said = re.findall(r"resuming from checkpoint-(\d+)", ended.err)
+    said = re.findall(r"^resuming from checkpoint-(\d+)$", ended.err, re.MULTILINE)
     return said == ([] if step is None else [str(step)])
 
 

@@ -77,15 +77,13 @@ class Feature:
     measure: Callable[[Text], float]
 
 
-def _count(name: str, measure: Callable[[Text], float], plural: str | None = None) -> Feature:
-    things = plural or name
-    return Feature(name, f"has more {things}", f"has fewer {things}", measure)
+def _count(name: str, measure: Callable[[Text], float]) -> Feature:
+    return Feature(name, f"has more {name}", f"has fewer {name}", measure)
 
 
 def _share(name: str, measure: Callable[[Text], float], things: str | None = None) -> Feature:
-    return Feature(
-        f"{name} per word", f"has more {things or name} per word", f"has fewer {things or name} per word", measure
-    )
+    things = things or name
+    return Feature(f"{name} per word", f"has more {things} per word", f"has fewer {things} per word", measure)
 
 
 def _mark(name: str, has: str, measure: Callable[[Text], bool]) -> Feature:

@@ -175,15 +175,15 @@ def examine(pairs: Sequence[Pair]) -> Forensics:
     groups = np.array([number[pair.prompt] for pair in pairs])
     folds = np.array([_fold(key) for key in keys])[groups]
     chosen, rejected = [Text(pair.chosen) for pair in pairs], [Text(pair.rejected) for pair in pairs]
-    signs, found = _measured(chosen, rejected, groups)
-    fitted = _fitted(chosen, rejected, folds)
+    points_of_numbers, found = _measured(chosen, rejected, groups)
+    fitted, differences = _fitted(chosen, rejected, folds)
     for name, (sentence, points) in fitted.items():
         found.append(_shortcut(name, sentence, points, groups, is_fitted=True))
     found = _holm(found)
     words = found[-1].estimate
-    balanced, names = _balanced(found[: len(FEATURES)], signs, chosen, rejected, groups, folds)
+    balanced, names = _balanced(found[: len(FEATURES)], points_of_numbers, differences, groups, folds)
     ordered = sorted(found, key=lambda each: (-each.is_found, -each.estimate.accuracy, each.feature))
-    return Forensics(len(pairs), len(keys), tuple(ordered), words, balanced, names, _driven(found, signs))
+    return Forensics(len(pairs), len(keys), tuple(ordered), words, balanced, names, _driven(found, points_of_numbers))
 
 
 def _fold(key: str) -> int:
@@ -196,18 +196,19 @@ def _fold(key: str) -> int:
 def _measured(
     chosen: Sequence[Text], rejected: Sequence[Text], groups: "NDArray[Any]"
 ) -> tuple["NDArray[np.int8]", list[Shortcut]]:
-    """(which side has more of each feature, int8 [rows, features]; the shortcuts)."""
+    """(where each feature points, as `_shortcut` takes it, int8 [rows, features]; the shortcuts)."""
     import numpy as np
 
-    signs = np.empty((len(chosen), len(FEATURES)), np.int8)
+    points = np.empty((len(chosen), len(FEATURES)), np.int8)
     found = []
     for index, feature in enumerate(FEATURES):
         more, less = (np.array([feature.measure(text) for text in texts], float) for texts in (chosen, rejected))
-        signs[:, index] = np.sign(more - less)
-        direction = 1 if signs[:, index].sum(dtype=int) >= 0 else -1
+        signs = np.sign(more - less)
+        direction = 1 if signs.sum() >= 0 else -1
+        points[:, index] = direction * signs
         sentence = feature.more if direction > 0 else feature.less
-        found.append(_shortcut(feature.name, sentence, direction * signs[:, index], groups, is_fitted=False))
-    return signs, found
+        found.append(_shortcut(feature.name, sentence, points[:, index], groups, is_fitted=False))
+    return points, found
 
 
 def _shortcut(name: str, sentence: str, points: "NDArray[Any]", groups: "NDArray[Any]", *, is_fitted: bool) -> Shortcut:
@@ -269,8 +270,9 @@ def _holm(found: Sequence[Shortcut]) -> list[Shortcut]:
 
 def _fitted(
     chosen: Sequence[Text], rejected: Sequence[Text], folds: "NDArray[Any]"
-) -> dict[str, tuple[str, "NDArray[Any]"]]:
-    """By the feature's name: (what completes "chosen ...", where it points on prompts that it did not learn from)."""
+) -> tuple[dict[str, tuple[str, "NDArray[Any]"]], Any]:
+    """By the feature's name (what completes "chosen ...", where it points on prompts that it did not learn from); and the
+    differences in words and pairs of words."""
     openings: dict[str, Callable[[Text], str]] = {
         "opening word": lambda text: " ".join(text.words[:1]),
         "opening three words": lambda text: " ".join(text.words[:3]),
@@ -291,7 +293,7 @@ def _fitted(
         if name == "words":
             pointed["the most telling word"] = ("has or lacks it", _by_one_word(differences, folds))
         pointed[name] = (f"has other {name}", _by_words(differences, folds))
-    return pointed
+    return pointed, differences
 
 
 def _edge(character: str) -> str:
@@ -365,9 +367,8 @@ def _by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | 
 
 def _balanced(
     numbers: Sequence[Shortcut],
-    signs: "NDArray[Any]",
-    chosen: Sequence[Text],
-    rejected: Sequence[Text],
+    points_of_numbers: "NDArray[Any]",
+    differences: Any,
     groups: "NDArray[Any]",
     folds: "NDArray[Any]",
 ) -> tuple[Estimate | None, tuple[str, ...]]:
@@ -376,10 +377,9 @@ def _balanced(
     names = tuple(numbers[index].feature for index in found)
     if not found:
         return None, ()
-    weights = balancing_weights(signs[:, found])
+    weights = balancing_weights(points_of_numbers[:, found])
     if weights is None:
         return None, names
-    differences = _differences(chosen, rejected, {"min_df": FEWEST_DOCUMENTS, "ngram_range": (1, 2)})
     points = _by_words(differences, folds, weights)
     return estimate(points / 2 + 0.5, groups, weights), names
 
@@ -409,15 +409,14 @@ def balancing_weights(signs: "NDArray[Any]") -> "NDArray[Any] | None":
     return weights if is_balanced and 1 / float((weights**2).sum()) >= FEWEST_EFFECTIVE_ROWS else None
 
 
-def _driven(found: Sequence[Shortcut], signs: "NDArray[Any]") -> tuple[int, ...]:
+def _driven(found: Sequence[Shortcut], points_of_numbers: "NDArray[Any]") -> tuple[int, ...]:
     """The rows for whose chosen side the most is to be said by the numbers, each as the log odds of its accuracy."""
     import numpy as np
 
-    said = np.zeros(len(signs))
+    said = np.zeros(len(points_of_numbers))
     for index, each in enumerate(found[: len(FEATURES)]):
         if each.is_found:
-            direction = 1 if signs[:, index].sum(dtype=int) >= 0 else -1
             accuracy = min(each.estimate.accuracy, 0.999)
-            said += direction * signs[:, index] * math.log(accuracy / (1 - accuracy))
+            said += points_of_numbers[:, index] * math.log(accuracy / (1 - accuracy))
     order = np.lexsort((np.arange(len(said)), -said))
     return tuple(int(row) for row in order[:SHOWN_ROWS] if said[row] > 0)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from politune import record
+from politune.writing import sync
 
 FILE = "reference.safetensors"
 # Settings that no reference log-probability depends on: it is of the base model alone, without the adapter.
@@ -61,8 +62,7 @@ class ReferenceScores:
         metadata = {"politune.reference": self.key, "sha256": _hash(self.values)}
         try:
             draft.write_bytes(save({"log_probs": self.values}, metadata))
-            with draft.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync(draft)
             draft.replace(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
