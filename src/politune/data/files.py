@@ -1,30 +1,43 @@
-"""Rows of a CSV, JSON, JSON Lines or parquet file, word for word, or the line and column where it goes wrong."""
+"""Rows of a CSV, JSON, JSON Lines or parquet file, plain or packed, word for word, or the line and column where it goes wrong.
+
+A file comes in parts of whole records: memory does not grow with it, and JSON Lines, the form of large sets, can be parsed by
+several processes (`TextPart.read`). CSV is parsed as it is read: a line break may stand in a cell, so that nobody can tell where
+a record begins without having read all before it.
+"""
 
 import csv
+import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 from politune.data.format import TEXT_COLUMNS
 from politune.errors import DataError, MachineError, safe
 
 READABLE = (".csv", ".json", ".jsonl", ".parquet")
-READ_COLUMNS = (*TEXT_COLUMNS, "id", "topic", "axis", "split")
+PACKED = (".gz", ".zst")
+"""May follow the suffix of a text file."""
+READ_COLUMNS = (*TEXT_COLUMNS, "id", "topic", "axis", "split", "generator")
 
+PART_BYTES = 4 * 2**20
+RECORD_BYTES = 16 * 2**20
+"""Longest record that is read, in bytes: a file without line ends is no row."""
 MAX_TEXT_BYTES = 2 * 2**30
-"""Most text that is read from a data set, in bytes."""
+"""Most text that is read into memory from a data set, in bytes."""
 CELL_BYTES = 64
 """What an empty cell counts for in that budget; about what Python needs to hold one."""
 BOMB_BYTES = 32 * 2**20
 BOMB_RATIO = 200
-"""A parquet file that unpacks to more than `BOMB_BYTES` and to `BOMB_RATIO` times its size is a decompression bomb: real
-text shrinks by a factor of 3 to 20."""
-ROWS_AT_ONCE = 16
+"""A file that unpacks to more than `BOMB_BYTES` and to `BOMB_RATIO` times its size is a decompression bomb: real text
+shrinks by a factor of 3 to 20."""
+ROWS_AT_ONCE = 256
 """Of a parquet file; fewer where they could unpack to more than the budget."""
+ROWS_OF_A_PART = 4096
 
 
 @dataclass(frozen=True)
@@ -34,27 +47,78 @@ class Read:
     lines: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class TextPart:
+    """Whole lines of a JSON Lines file, yet to be parsed.
+
+    Args:
+        name: of the file, in error messages.
+        body: the lines, UTF-8.
+        line: the number of the first one, from 1.
+        is_last: nothing follows.
+    """
+
+    name: str
+    body: bytes
+    line: int = 1
+    is_last: bool = True
+
+    def read(self) -> Read:
+        """Its rows.
+
+        Raises:
+            DataError: a line is no JSON object in UTF-8; names line and column.
+        """
+        where = safe(self.name, None)
+        text = _decode(self.body, where, self.line)
+        rows: list[dict[str, object]] = []
+        numbers: list[int] = []
+        # Not splitlines(): a text may hold U+2028 and its like, which JSON does not escape.
+        lines = text.split("\n")
+        for number, line in enumerate(lines, start=self.line):
+            if not line or line.isspace():
+                continue
+            last = self.is_last and number == self.line + len(lines) - 1
+            value = _parse_json(line, where, number, last=last)
+            rows.append(_require_object(value, f"{where}:{number}"))
+            numbers.append(number)
+        return Read(_columns(rows), rows, tuple(numbers))
+
+
+@dataclass(frozen=True)
+class RowsPart:
+    """Rows that are parsed already."""
+
+    rows: Read
+
+    def read(self) -> Read:
+        return self.rows
+
+
+Part: TypeAlias = TextPart | RowsPart
+
+
 @dataclass
 class Budget:
     """A running account of the text that was read, against files that unpack to more than memory holds."""
 
     name: str
-    limit_bytes: int = MAX_TEXT_BYTES
+    limit_bytes: int = field(default_factory=lambda: MAX_TEXT_BYTES)
     used_bytes: int = field(default=0)
 
     def spend(self, row: dict[str, object]) -> dict[str, object]:
-        self.used_bytes += _weight(row)
+        self.take(_weight(row))
+        return row
+
+    def take(self, size_bytes: int) -> None:
+        self.used_bytes += size_bytes
         if self.used_bytes > self.limit_bytes:
             raise self.exceeded()
-        return row
 
     def exceeded(self) -> DataError:
         size = f"{self.limit_bytes / 2**20:,.0f} MiB"
-        why = (
-            "a file this small that unpacks to so much is a decompression bomb"
-            if self.limit_bytes < MAX_TEXT_BYTES
-            else None
-        )
+        is_bomb = self.limit_bytes != MAX_TEXT_BYTES
+        why = "a file this small that unpacks to so much is a decompression bomb" if is_bomb else None
         return DataError(f"holds more than {size} of text", where=safe(self.name, None), why=why)
 
 
@@ -66,44 +130,157 @@ def _weight(value: object) -> int:
     return CELL_BYTES + (len(value) if isinstance(value, str) else 0)
 
 
+def kind_of(path: Path) -> tuple[str, str]:
+    """(the suffix that says what a file holds, the one that says how it is packed or nothing): `.jsonl`, `.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[1] in PACKED and suffixes[0] in READABLE:
+        return suffixes[0], suffixes[1]
+    return (suffixes[-1] if suffixes else ""), ""
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name is that of a data file."""
+    kind, packed = kind_of(path)
+    return kind in READABLE and not (packed and kind == ".parquet")
+
+
 def read_file(path: Path, name: str) -> Read:
-    """The rows of one .csv, .json, .jsonl or .parquet file; `name` stands in error messages.
+    """All rows of one data file; `name` stands in error messages.
 
     Raises DataError with the line (and column) for a file that is empty, cut off, malformed, not UTF-8 or too large.
     """
     where = safe(name, None)
+    rows: list[dict[str, object]] = []
+    lines: list[int] | None = []
+    columns: dict[str, None] = {}
+    kind, packed = kind_of(path)
+    try:
+        if kind != ".parquet" and not packed and path.stat().st_size > MAX_TEXT_BYTES:
+            raise Budget(name).exceeded()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or safe(error)}", where=where) from None
+    budget = Budget(name)
+    for part in parts(path, name):
+        read = part.read()
+        rows += map(budget.spend, read.rows)
+        columns |= dict.fromkeys(read.columns)
+        lines = None if lines is None or read.lines is None else [*lines, *read.lines]
+    if not rows:
+        raise no_rows(name, tuple(columns))
+    return Read(tuple(columns), rows, None if lines is None else tuple(lines))
+
+
+def no_rows(name: str, columns: Sequence[str]) -> DataError:
+    """The error of a file that holds nothing, or nothing but these column names."""
+    header = ", ".join(safe(column, 40) for column in columns)
+    why = f"there is only a header: {header}" if header else None
+    return DataError("the file holds no rows", where=safe(name, None), why=why)
+
+
+def parts(path: Path, name: str) -> Iterator[Part]:
+    """A data file in parts of whole records, in their order; `name` stands in error messages.
+
+    Raises DataError as `read_file`, but for a limit of all the text together.
+    """
+    where = safe(name, None)
+    kind, packed = kind_of(path)
     try:
         size = path.stat().st_size
         if size == 0:
             raise DataError("the file is empty", where=where)
-        if path.suffix.lower() == ".parquet":
-            read = _read_parquet(path, name, size)
-        elif size > MAX_TEXT_BYTES:
-            raise Budget(name).exceeded()
-        else:
-            text = _decode(path.read_bytes(), where)
-            readers: dict[str, Callable[[str, str, Budget], Read]] = {".csv": _read_csv, ".json": _read_json}
-            read = readers.get(path.suffix.lower(), read_jsonl)(text, name, Budget(name))
+        if kind == ".parquet":
+            yield from _parquet_parts(path, name, size)
+            return
+        with _opened(path, packed) as stream:
+            source = _Unpacked(stream, name, Budget(name, max(BOMB_BYTES, BOMB_RATIO * size)) if packed else None)
+            _refuse_utf16(source, where)
+            if kind == ".csv":
+                yield from _csv_parts(source, name, path, packed)
+            elif kind == ".json":
+                yield from _json_parts(source, name)
+            else:
+                yield from _line_parts(source, name)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or safe(error)}", where=where) from None
-    if not read.rows:
-        raise DataError("the file holds no rows", where=where, why=_only_a_header(read))
-    return read
 
 
-def _only_a_header(read: Read) -> str | None:
-    return f"there is only a header: {', '.join(safe(column, 40) for column in read.columns)}" if read.columns else None
+@contextmanager
+def _opened(path: Path, packed: str) -> Iterator[Any]:
+    if packed == ".zst":
+        with _arrow().input_stream(str(path), compression="zstd", buffer_size=2**16) as stream:
+            yield stream
+    else:
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            yield stream
 
 
-def _decode(data: bytes, where: str) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+class _Unpacked(io.RawIOBase):
+    """A file's text as bytes, and where its packing is damaged; what is looked at first is read once more."""
+
+    def __init__(self, stream: IO[bytes], name: str, budget: Budget | None) -> None:
+        self.stream, self.name, self.budget = stream, name, budget
+        self.ahead, self.bytes, self.lines = b"", 0, 0
+
+    def look(self, size: int) -> bytes:
+        """The next bytes, which stay the next ones."""
+        self._fill(size)
+        return self.ahead[:size]
+
+    def take(self, size: int) -> bytes:
+        """The next bytes, fewer than asked for at the end alone."""
+        self._fill(size)
+        found, self.ahead = self.ahead[:size], self.ahead[size:]
+        self.bytes += len(found)
+        self.lines += found.count(b"\n")
+        return found
+
+    def _fill(self, size: int) -> None:
+        pieces, have = [self.ahead], len(self.ahead)
+        while have < size and (more := self._take(size - have)):
+            pieces.append(more)
+            have += len(more)
+        self.ahead = b"".join(pieces) if len(pieces) > 1 else self.ahead
+
+    def _take(self, size: int) -> bytes:
+        try:
+            found = bytes(self.stream.read(size))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise self._damaged(error) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise self._damaged(error) from None  # pyarrow's, of zstd
+        if self.budget:
+            self.budget.take(len(found))
+        return found
+
+    def _damaged(self, error: Exception) -> DataError:
+        is_cut = isinstance(error, EOFError) or "runcated" in str(error)
+        what = "the compressed file is cut off" if is_cut else f"the compressed file is damaged: {safe(error)}"
+        after = f"after line {self.lines:,}, {self.bytes:,} bytes of text"
+        return DataError(what, where=safe(self.name, None), why=after, fix="fetch or pack it once more")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.take(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+def _refuse_utf16(source: _Unpacked, where: str) -> None:
+    if source.look(3).startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("is UTF-16, not UTF-8", where=f"{where}:1", fix="save it as UTF-8")
+
+
+def _decode(data: bytes, where: str, line: int = 1) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         # The byte-order mark is taken off before decoding, so positions count from behind it.
-        body = data.removeprefix(b"\xef\xbb\xbf")
-        line = body.count(b"\n", 0, error.start) + 1
+        body = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
+        line += body.count(b"\n", 0, error.start)
         column = error.start - body.rfind(b"\n", 0, error.start)
         raise DataError(
             f"byte 0x{body[error.start]:02X} is not UTF-8",
@@ -112,115 +289,50 @@ def _decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _read_csv(text: str, name: str, budget: Budget) -> Read:
-    where, ended = safe(name, None), False
-
-    def text_lines() -> Iterator[str]:
-        nonlocal ended
-        yield from io.StringIO(text, newline="")
-        ended = True
-
-    header: list[str] | None = None
-    rows: list[dict[str, object]] = []
-    lines: list[int] = []
-    with _wide_csv_fields(len(text)):
-        reader = csv.reader(text_lines())
-        start = 1
-        for cells in reader:
-            if ended:  # the csv module took the end of the file for the end of a quoted cell
-                raise DataError("a quotation mark opens here and is never closed", where=f"{where}:{start}")
-            if cells and header is None:
-                header = _require_header(cells, where)
-            elif header and cells:
-                rows.append(budget.spend(_csv_row(header, cells, f"{where}:{start}")))
-                lines.append(start)
-            start = reader.line_num + 1
-    return Read(tuple(header or ()), rows, tuple(lines))
+# --- JSON Lines ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _wide_csv_fields(size: int) -> Iterator[None]:
-    """The csv module's limit is 128 KiB per cell and global; raised for the reading, and put back (a C long on Windows)."""
-    before = csv.field_size_limit(min(size + 1, 2**31 - 1))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _require_header(cells: list[str], where: str) -> list[str]:
-    for name in cells:
-        if name and cells.count(name) > 1:
-            raise DataError(f"the column {safe(name, 40)} stands twice in the header", where=f"{where}:1")
-        if name != name.strip() and name.strip() in TEXT_COLUMNS:
-            raise DataError(f"the column {name!r} has white space around its name", where=f"{where}:1")
-    return cells
-
-
-def _csv_row(header: list[str], cells: list[str], where: str) -> dict[str, object]:
-    if len(cells) != len(header):
+def _line_parts(source: _Unpacked, name: str) -> Iterator[TextPart]:
+    """Parts that end where a line ends; blank lines are passed over."""
+    rest, line = b"", 1
+    chunk = source.take(PART_BYTES)
+    if chunk.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise DataError(
-            f"{len(cells)} cells in a row of {len(header)} columns",
-            where=where,
-            fix="put texts that hold commas, quotation marks or line breaks into double quotation marks",
+            "a .jsonl file holds one object per line, not an array", where=safe(name, None), fix="name it .json"
         )
-    return dict(zip(header, cells, strict=True))
+    while chunk:
+        following = source.take(PART_BYTES)
+        body = rest + chunk
+        cut = body.rfind(b"\n") + 1 if following else len(body)
+        if len(body) - cut > RECORD_BYTES:
+            raise _too_long(f"{safe(name, None)}:{line + body.count(10)}")
+        if cut:
+            yield TextPart(name, body[:cut], line, is_last=not following)
+            line += body.count(b"\n", 0, cut)
+        rest, chunk = body[cut:], following
 
 
-def read_jsonl(text: str, name: str, budget: Budget) -> Read:
+def _too_long(where: str) -> DataError:
+    return DataError(f"a record of more than {RECORD_BYTES // 2**20} MiB", where=where, fix="one row is one line")
+
+
+def read_jsonl(text: str, name: str) -> Read:
     """One object per line; blank lines are passed over. Raises DataError with line and column."""
-    where = safe(name, None)
-    if text.lstrip().startswith("["):
-        raise DataError("a .jsonl file holds one object per line, not an array", where=where, fix="name it .json")
-    rows: list[dict[str, object]] = []
-    numbers: list[int] = []
-    # Not splitlines(): a text may hold U+2028 and its like, which JSON does not escape.
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        value = _parse_json(line, where, number, last=number == len(lines))
-        rows.append(budget.spend(_require_object(value, f"{where}:{number}")))
-        numbers.append(number)
-    return Read(_columns(rows), rows, tuple(numbers))
+    return TextPart(name, text.encode()).read()
 
 
-def _read_json(text: str, name: str, budget: Budget) -> Read:
-    """An array of objects, an object with exactly one such array, or (as found on the Hub) one object per line."""
-    where = safe(name, None)
-    first, _, rest = text.strip().partition("\n")
-    if rest and first.startswith("{") and first.rstrip().endswith("}"):
-        return read_jsonl(text, name, budget)
-    value = _parse_json(text, where, 1, last=True)
-    if isinstance(value, dict):
-        arrays = [item for item in value.values() if isinstance(item, list)]
-        if len(arrays) != 1:
-            raise DataError(
-                "a .json file holds an array of objects, one per row", where=where, why=_found_object(value)
-            )
-        value = arrays[0]
-    if not isinstance(value, list):
-        raise DataError("a .json file holds an array of objects, one per row", where=where)
-    rows = [budget.spend(_require_object(item, f"{where} row {index}")) for index, item in enumerate(value, start=1)]
-    return Read(_columns(rows), rows)
-
-
-def _found_object(value: dict[str, object]) -> str:
-    return f"found one object with the keys {', '.join(safe(key, 40) for key in list(value)[:10])}"
-
-
-def _parse_json(text: str, where: str, line: int, *, last: bool) -> Any:
+def _parse_json(line: str, where: str, number: int, *, last: bool) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(line, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        cut = last and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"))
+        cut = last and (error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string"))
         why = "the file seems to be cut off there" if cut else None
-        place = f"{where}:{line + error.lineno - 1}:{error.colno}"
+        place = f"{where}:{number + error.lineno - 1}:{error.colno}"
         raise DataError(f"malformed JSON: {error.msg}", where=place, why=why) from None
     except RecursionError:
-        raise DataError("JSON that is nested too deeply", where=f"{where}:{line}") from None
+        raise DataError("JSON that is nested too deeply", where=f"{where}:{number}") from None
     except ValueError as error:  # a key that stands twice, a number of thousands of digits
-        raise DataError(f"malformed JSON: {safe(error)}", where=f"{where}:{line}") from None
+        raise DataError(f"malformed JSON: {safe(error)}", where=f"{where}:{number}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -238,20 +350,157 @@ def _require_object(value: object, where: str) -> dict[str, object]:
 
 
 def _columns(rows: Sequence[dict[str, object]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(column for row in rows for column in row))
+    columns: dict[str, None] = {}
+    for row in rows:
+        if row.keys() != columns.keys():
+            columns |= dict.fromkeys(row)
+    return tuple(columns)
 
 
-def _read_parquet(path: Path, name: str, size_bytes: int) -> Read:
-    """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
-    the file's size nor its own account of the unpacked size can be trusted."""
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _json_parts(source: _Unpacked, name: str) -> Iterator[Part]:
+    """An array of objects, an object with exactly one such array, or (as found on the Hub) one object per line."""
+    first = source.look(PART_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    line, _, rest = first.partition(b"\n")
+    if rest.strip() and line.startswith(b"{") and line.rstrip().endswith(b"}"):
+        yield from _line_parts(source, name)
+        return
+    where = safe(name, None)
+    whole = source.take(MAX_TEXT_BYTES + 1)
+    if len(whole) > MAX_TEXT_BYTES:
+        raise Budget(name).exceeded()
+    value = _parse_json(_decode(whole, where), where, 1, last=True)
+    if isinstance(value, dict):
+        arrays = [item for item in value.values() if isinstance(item, list)]
+        if len(arrays) != 1:
+            raise DataError(
+                "a .json file holds an array of objects, one per row", where=where, why=_found_object(value)
+            )
+        value = arrays[0]
+    if not isinstance(value, list):
+        raise DataError("a .json file holds an array of objects, one per row", where=where)
+    rows = [_require_object(item, f"{where} row {index}") for index, item in enumerate(value, start=1)]
+    columns = _columns(rows)
+    for start in range(0, len(rows), ROWS_OF_A_PART):
+        yield RowsPart(Read(columns, rows[start : start + ROWS_OF_A_PART]))
+
+
+def _found_object(value: dict[str, object]) -> str:
+    return f"found one object with the keys {', '.join(safe(key, 40) for key in list(value)[:10])}"
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterator[RowsPart]:
+    where, ended = safe(name, None), False
+    header: list[str] = []
+    rows: list[dict[str, object]] = []
+    lines: list[int] = []
+
+    def text_lines() -> Iterator[str]:
+        nonlocal ended
+        text = io.TextIOWrapper(io.BufferedReader(source, PART_BYTES), encoding="utf-8-sig", newline="")
+        while line := text.readline(RECORD_BYTES):
+            if len(line) == RECORD_BYTES:
+                raise _too_long(f"{where}:{start}")
+            yield line
+        ended = True
+
+    start = 1
+    with _wide_csv_fields():
+        reader = csv.reader(text_lines())
+        try:
+            for cells in reader:
+                if ended:  # the csv module took the end of the file for the end of a quoted cell
+                    raise DataError("a quotation mark opens here and is never closed", where=f"{where}:{start}")
+                if cells and not header:
+                    header = _require_header(cells, where)
+                elif cells:
+                    rows.append(_csv_row(header, cells, f"{where}:{start}"))
+                    lines.append(start)
+                start = reader.line_num + 1
+                if len(rows) == ROWS_OF_A_PART:
+                    yield RowsPart(Read(tuple(header), rows, tuple(lines)))
+                    rows, lines = [], []
+        except csv.Error:
+            why = f"or its cell is longer than {RECORD_BYTES // 2**20} MiB"
+            raise DataError(
+                "a quotation mark opens here and is never closed", where=f"{where}:{start}", why=why
+            ) from None
+        except UnicodeDecodeError:
+            raise _not_utf8(path, packed, where) from None
+    yield RowsPart(Read(tuple(header), rows, tuple(lines)))
+
+
+@contextmanager
+def _wide_csv_fields() -> Iterator[None]:
+    """The csv module's limit is 128 KiB per cell and global; raised for the reading, and put back."""
+    before = csv.field_size_limit(RECORD_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _not_utf8(path: Path, packed: str, where: str) -> DataError:
+    """The error of the first byte that is no UTF-8: decoding in parts does not say where it stands."""
+    with _opened(path, packed) as stream:
+        line, read = 1, bytes(stream.read(PART_BYTES))
+        while read:
+            whole = read.rfind(b"\n") + 1 or len(read)
+            try:
+                _decode(read[:whole], where, line)
+            except DataError as error:
+                return error
+            line += read.count(b"\n", 0, whole)
+            read = read[whole:] + bytes(stream.read(PART_BYTES))
+    return DataError("is not UTF-8", where=where)
+
+
+def _require_header(cells: list[str], where: str) -> list[str]:
+    seen: set[str] = set()
+    for name in cells:
+        if name and name in seen:
+            raise DataError(f"the column {safe(name, 40)} stands twice in the header", where=f"{where}:1")
+        if name != name.strip() and name.strip() in TEXT_COLUMNS:
+            raise DataError(f"the column {name!r} has white space around its name", where=f"{where}:1")
+        seen.add(name)
+    return cells
+
+
+def _csv_row(header: list[str], cells: list[str], where: str) -> dict[str, object]:
+    if len(cells) != len(header):
+        raise DataError(
+            f"{len(cells)} cells in a row of {len(header)} columns",
+            where=where,
+            fix="put texts that hold commas, quotation marks or line breaks into double quotation marks",
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+# --- parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _arrow() -> Any:
     try:
         import pyarrow
-        from pyarrow import parquet
     except ImportError as error:
         raise MachineError(
             f"reading parquet needs pyarrow: {safe(error)}", line="pyarrow", fix="install pyarrow"
         ) from None
-    budget = Budget(name, min(MAX_TEXT_BYTES, max(BOMB_BYTES, BOMB_RATIO * size_bytes)))
+    return pyarrow
+
+
+def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]:
+    """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
+    the file's size nor its own account of the unpacked size can be trusted."""
+    pyarrow = _arrow()
+    from pyarrow import parquet
+
+    budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * size_bytes))
     rows: list[dict[str, object]] = []
     try:
         with parquet.ParquetFile(path) as file:
@@ -264,6 +513,9 @@ def _read_parquet(path: Path, name: str, size_bytes: int) -> Read:
             at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
             for batch in file.iter_batches(batch_size=at_once, columns=known):
                 rows += [budget.spend(row) for row in batch.to_pylist()]
+                if len(rows) >= ROWS_OF_A_PART:
+                    yield RowsPart(Read(columns, rows))
+                    rows = []
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
-    return Read(columns, rows)
+    yield RowsPart(Read(columns, rows))

@@ -6,6 +6,7 @@ text of ours, decides about its special tokens.
 """
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -51,7 +52,8 @@ class Table:
 
     `lines` holds the first line of each row in the file at `path`, where the format has lines; `sha256` is taken over the
     text columns of the rows and is the same for the same rows in another file format. Data from the Hub has a `revision`
-    (its commit) and no `path`; `other_splits` counts rows that were left aside because they belong to another split.
+    (its commit) and no `path`; `other_splits` counts rows that were left aside because they belong to another split; `first`
+    rows come before these ones, where a table is a part of a data set.
     """
 
     columns: tuple[str, ...]
@@ -63,11 +65,15 @@ class Table:
     generator: str | None = None
     lines: tuple[int, ...] | None = None
     other_splits: int = 0
+    first: int = 0
 
     def place(self, index: int) -> str:
         """Where row `index` (from 0) stands: `pairs.csv:17`, or `pairs.parquet row 16`."""
-        name = safe(self.path or self.name, None)
-        return f"{name}:{self.lines[index]}" if self.lines else f"{name} row {index + 1}"
+        return f"{self._shown}:{self.lines[index]}" if self.lines else f"{self._shown} row {self.first + index + 1}"
+
+    @functools.cached_property
+    def _shown(self) -> str:
+        return safe(self.path or self.name, None)
 
 
 @dataclass(frozen=True)
@@ -565,7 +571,16 @@ def _user(text: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": text},)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether a value is text that needs no second look: most are, and a set may have millions."""
+    return isinstance(value, str) and value.isascii() and "[" not in value[:40]
+
+
 def _read_pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
+    cells = row.table.rows[row.index]
+    texts = cells.get("prompt"), cells.get("chosen"), cells.get("rejected")
+    if all(map(_is_plain, texts)):
+        return _user(texts[0]), texts[1], texts[2]  # type: ignore[arg-type, return-value]
     prompt = row.prompt()
     return prompt, row.answer("chosen", prompt), row.answer("rejected", prompt)
 
@@ -694,6 +709,8 @@ def _refuse_mixed_kinds(table: Table, shape: tuple[str, ...]) -> None:
 
 
 def _kind(value: object) -> str:
+    if type(value) is str:
+        return "text"
     names = ((str, "text"), (list, "a list"), (bool, "true or false"), ((int, float), "a number"), (dict, "an object"))
     if value is None:
         return "null"

@@ -12,7 +12,7 @@ from typing import Any
 
 from politune import fetching
 from politune.config import KNOWN_DIRECTIONS, SHIPPED_DATA, DataSpec
-from politune.data.files import READ_COLUMNS, READABLE, Budget, Read, read_file
+from politune.data.files import READ_COLUMNS, Budget, Read, is_readable, kind_of, read_file
 from politune.errors import DataError, HubError, MachineError, OutputError, PolituneError, safe
 
 HUB_TIMEOUT_SECONDS = 10.0
@@ -60,7 +60,7 @@ class _Snapshot:
         data = [name for name in self.files if _is_data(name)]
         configs = _declared_configs(self.fetch(CARD)) if CARD in self.files else []
         chosen = _declared_files(spec, data, configs) if configs else _files_by_name(spec.dataset_split, data)
-        if len({Path(name).suffix.lower() for name in chosen}) != 1:
+        if len({kind_of(Path(name)) for name in chosen}) != 1:
             return []
         _require_all_shards(spec, chosen)
         return sorted(chosen)
@@ -119,7 +119,7 @@ def _cached(spec: DataSpec) -> _Snapshot:
 def _is_data(name: str) -> bool:
     path = Path(name)
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return path.suffix.lower() in READABLE and not hidden and path.name != "dataset_infos.json"
+    return is_readable(path) and not hidden and path.name != "dataset_infos.json"
 
 
 def _declared_configs(readme: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from typing import Literal
 from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, SftDataSpec
 from politune.data import format as rows_format
 from politune.data import hub
-from politune.data.files import READABLE, Budget, Read, read_file, read_jsonl
+from politune.data.files import PACKED, READABLE, Read, is_readable, read_file, read_jsonl
 from politune.data.format import TEXT_COLUMNS, Table, split_of
 from politune.errors import ConfigError, DataError, safe
 
@@ -101,7 +101,7 @@ def _exists(path: Path) -> bool:
 def _load_shipped(spec: DataSpec) -> Table:
     if spec.dataset_revision is not None:
         raise _no_revision(spec.dataset_name)
-    read = read_jsonl(_shipped_text(), "stances.jsonl", Budget("stances.jsonl"))
+    read = read_jsonl(_shipped_text(), "stances.jsonl")
     control = spec.dataset_name == "stances-control"
     rows = [row for row in read.rows if (row.get("axis") == "control") == control]
     return _of_split(spec, Read(read.columns, rows), spec.dataset_name, generator="politune's authors")
@@ -136,18 +136,22 @@ def _expand(name: str) -> Path:
 
 
 def _require_data_file(path: Path) -> None:
-    where, suffix = safe(path, None), path.suffix.lower()
+    where, suffix = (
+        safe(path, None),
+        "".join(path.suffixes[-2:] if path.suffix.lower() in PACKED else path.suffixes[-1:]),
+    )
     if not _exists(path):
         raise _missing(path)
     if path.is_dir():
-        found = [name for name in _names_in(path) if name.lower().endswith(READABLE)]
+        found = [name for name in _names_in(path) if is_readable(Path(name))]
         fix = f"name one of its files: {', '.join(safe(name, 60) for name in found[:5])}" if found else None
         raise DataError("is a directory; a data set is one file", where=where, fix=fix)
     if not path.is_file():
         raise DataError("is no regular file", where=where)
-    if suffix not in READABLE:
+    if not is_readable(path):
+        kinds = f"{', '.join(READABLE)}, and text with {' or '.join(PACKED)}"
         raise DataError(
-            f"is a {suffix or 'file without suffix'}; politune reads {', '.join(READABLE)}",
+            f"is a {safe(suffix, 20) or 'file without suffix'}; politune reads {kinds}",
             where=where,
             fix="convert it; politune unpacks no archives and runs no code from data",
         )
@@ -196,10 +200,20 @@ def _of_split(
 
 
 def hash_rows(rows: Sequence[dict[str, object]]) -> str:
-    """SHA-256 over the rows' text columns as canonical JSON lines: the same whatever file format the rows came in."""
-    digest = hashlib.sha256()
-    for row in rows:
-        texts = {column: row[column] for column in TEXT_COLUMNS if row.get(column) is not None}
-        line = json.dumps(texts or row, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()
+    """SHA-256 over the hashes of the rows (`hash_row`): the same whatever file format the rows came in."""
+    return hashlib.sha256(b"".join(map(hash_row, rows))).hexdigest()
+
+
+def hash_row(row: Mapping[str, object]) -> bytes:
+    """SHA-256 of a row's text columns: their names and texts, each behind its length, messages as canonical JSON."""
+    parts = []
+    for column in TEXT_COLUMNS:
+        if (value := row.get(column)) is not None:
+            text = value if isinstance(value, str) else _canonical(value)
+            mark = "" if isinstance(value, str) else "!"
+            parts.append(f"{column}{mark}:{len(text)}:{text}")
+    return hashlib.sha256("".join(parts or [_canonical(row)]).encode("utf-8", "surrogatepass")).digest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)

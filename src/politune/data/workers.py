@@ -1,0 +1,63 @@
+"""One function over the parts of a stream, in processes of their own, its results in the order of the parts."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+FEW = 3
+"""Parts that are done sooner here than processes are started."""
+AHEAD = 2
+"""Parts that wait for each process: none is idle while the next is read, and memory stays within bounds."""
+
+
+def cores() -> int:
+    """How many processes this one may keep busy."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None = None) -> Iterator[R]:
+    """What `work` makes of each part, in their order, whatever the number of processes.
+
+    Parts are taken from the iterable as they are needed, a few ahead. What `work` raises is raised here when its part's turn has
+    come; the processes end with the block that reads the results, also where it is left early.
+
+    Args:
+        work: a function at module level, or a partial of one; it and the parts travel to other processes.
+        processes: as many as there are cores, where None.
+    """
+    processes, parts = cores() if processes is None else processes, iter(parts)
+    first = list(islice(parts, FEW))
+    if processes == 1 or len(first) < FEW:
+        yield from map(work, chain(first, parts))
+        return
+    # Not forked: libraries may have started threads by now, and a forked copy of them hangs.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_signals_to_the_first)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for part in chain(first, parts):
+            waiting.append(pool.submit(work, part))
+            if len(waiting) >= processes + AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_signals_to_the_first() -> None:
+    """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        with contextlib.suppress(ValueError):
+            signal.signal(number, signal.SIG_IGN)
