@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +87,9 @@ class TextPart:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Rows that are parsed already."""
+    """Rows of the file `name` that are parsed already."""
 
+    name: str
     rows: Read
 
     def read(self) -> Read:
@@ -149,25 +150,29 @@ def read_file(path: Path, name: str) -> Read:
 
     Raises DataError with the line (and column) for a file that is empty, cut off, malformed, not UTF-8 or too large.
     """
-    where = safe(name, None)
+    return joined(parts(path, name), name)
+
+
+def joined(read_from: Iterable[Part], name: str) -> Read:
+    """All rows of all parts.
+
+    Raises DataError where there is none, or more text than `MAX_TEXT_BYTES`.
+    """
     rows: list[dict[str, object]] = []
-    lines: list[int] | None = []
+    lines: list[int] = []
     columns: dict[str, None] = {}
-    kind, packed = kind_of(path)
-    try:
-        if kind != ".parquet" and not packed and path.stat().st_size > MAX_TEXT_BYTES:
-            raise Budget(name).exceeded()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or safe(error)}", where=where) from None
-    budget = Budget(name)
-    for part in parts(path, name):
+    names: set[str] = set()
+    has_lines, budget = True, Budget(name)
+    for part in read_from:
         read = part.read()
+        names.add(part.name)
         rows += map(budget.spend, read.rows)
         columns |= dict.fromkeys(read.columns)
-        lines = None if lines is None or read.lines is None else [*lines, *read.lines]
+        has_lines &= read.lines is not None and len(names) == 1
+        lines += read.lines or ()
     if not rows:
         raise no_rows(name, tuple(columns))
-    return Read(tuple(columns), rows, None if lines is None else tuple(lines))
+    return Read(tuple(columns), rows, tuple(lines) if has_lines else None)
 
 
 def no_rows(name: str, columns: Sequence[str]) -> DataError:
@@ -384,7 +389,7 @@ def _json_parts(source: _Unpacked, name: str) -> Iterator[Part]:
     rows = [_require_object(item, f"{where} row {index}") for index, item in enumerate(value, start=1)]
     columns = _columns(rows)
     for start in range(0, len(rows), ROWS_OF_A_PART):
-        yield RowsPart(Read(columns, rows[start : start + ROWS_OF_A_PART]))
+        yield RowsPart(name, Read(columns, rows[start : start + ROWS_OF_A_PART]))
 
 
 def _found_object(value: dict[str, object]) -> str:
@@ -423,7 +428,7 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
                     lines.append(start)
                 start = reader.line_num + 1
                 if len(rows) == ROWS_OF_A_PART:
-                    yield RowsPart(Read(tuple(header), rows, tuple(lines)))
+                    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)))
                     rows, lines = [], []
         except csv.Error:
             why = f"or its cell is longer than {RECORD_BYTES // 2**20} MiB"
@@ -432,7 +437,7 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
             ) from None
         except UnicodeDecodeError:
             raise _not_utf8(path, packed, where) from None
-    yield RowsPart(Read(tuple(header), rows, tuple(lines)))
+    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)))
 
 
 @contextmanager
@@ -514,8 +519,8 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
             for batch in file.iter_batches(batch_size=at_once, columns=known):
                 rows += [budget.spend(row) for row in batch.to_pylist()]
                 if len(rows) >= ROWS_OF_A_PART:
-                    yield RowsPart(Read(columns, rows))
+                    yield RowsPart(name, Read(columns, rows))
                     rows = []
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
-    yield RowsPart(Read(columns, rows))
+    yield RowsPart(name, Read(columns, rows))

@@ -12,7 +12,7 @@ from typing import Any
 
 from politune import fetching
 from politune.config import KNOWN_DIRECTIONS, SHIPPED_DATA, DataSpec
-from politune.data.files import READ_COLUMNS, Budget, Read, is_readable, kind_of, read_file
+from politune.data.files import READ_COLUMNS, Budget, Read, is_readable, kind_of
 from politune.errors import DataError, HubError, MachineError, OutputError, PolituneError, safe
 
 HUB_TIMEOUT_SECONDS = 10.0
@@ -22,12 +22,12 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
-def fetch(spec: DataSpec, offline: bool) -> tuple[Read, str]:
-    """The rows of `spec.dataset_split` and the commit that they were read at.
+def fetch(spec: DataSpec, offline: bool) -> tuple[list[tuple[Path, str]] | Read, str]:
+    """The data files of `spec.dataset_split`, each with its name, on this machine now; and the commit that they are of.
 
-    The csv, json, jsonl or parquet files of the split are fetched and read like local files. A layout that does not tell
+    The csv, json, jsonl or parquet files of the split are to be read like local files. A layout that does not tell
     which files make a split (several configurations, loose files of several kinds, other file types) is left to
-    `datasets.load_dataset`, which reads the text "None" in a CSV file as a missing value.
+    `datasets.load_dataset`, which reads the text "None" in a CSV file as a missing value: its rows come in place of files.
 
     Raises DataError for a data set, revision or split that is not there, MachineError where a login is asked for,
     OutputError where the cache cannot be written, HubError for everything that may pass.
@@ -41,10 +41,7 @@ def fetch(spec: DataSpec, offline: bool) -> tuple[Read, str]:
         paths = [snapshot.fetch(name) for name in names]
     if not names:
         return _read_with_datasets(spec, snapshot.commit, offline), snapshot.commit
-    reads = [read_file(path, f"{spec.dataset_name}/{name}") for path, name in zip(paths, names, strict=True)]
-    columns = tuple(dict.fromkeys(column for read in reads for column in read.columns))
-    rows = [row for read in reads for row in read.rows]
-    return Read(columns, rows, reads[0].lines if len(reads) == 1 else None), snapshot.commit
+    return [(path, f"{spec.dataset_name}/{name}") for path, name in zip(paths, names, strict=True)], snapshot.commit
 
 
 @dataclass(frozen=True)

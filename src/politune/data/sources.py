@@ -9,15 +9,17 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, SftDataSpec
+from politune.data import files, hub
 from politune.data import format as rows_format
-from politune.data import hub
-from politune.data.files import PACKED, READABLE, Read, is_readable, read_file, read_jsonl
+from politune.data.files import PACKED, READABLE, Part, Read, RowsPart, is_readable, read_jsonl
 from politune.data.format import TEXT_COLUMNS, Table, split_of
 from politune.errors import ConfigError, DataError, safe
 
@@ -29,28 +31,54 @@ REFUSED = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load(spec: DataSpec, *, offline: bool = False) -> Table:
-    """Every row of the data set that `spec` names, with its text unchanged.
+@dataclass(frozen=True)
+class Source:
+    """A data set that is at hand and can be read as often as it is asked for.
+
+    Args:
+        name: as reports show it.
+        parts: its parts anew, each of whole records.
+        path: of a local file.
+        revision: the commit of data from the Hub.
+        generator: who or what wrote the texts, where it is known.
+        split: the rows that belong to the data set, where a column `split` is heeded; else None.
+    """
+
+    name: str
+    parts: Callable[[], Iterator[Part]]
+    path: Path | None = None
+    revision: str | None = None
+    generator: str | None = None
+    split: str | None = None
+
+
+def open_source(spec: DataSpec, *, offline: bool = False) -> Source:
+    """The data set that `spec` names, fetched where it is the Hub's.
 
     Rows that carry a `split` (as the shipped stances do) are narrowed to `spec.dataset_split`, so that held-out rows are
     not trained on; a row without one belongs to `train`. On the Hub the files make the split, and a column of that name
     is heeded beside a left and a right text only.
 
-    Raises DataError for a missing, malformed or unknown file or data set, HubError where the Hub does not deliver,
-    MachineError where it asks for a login, ConfigError for a revision or split that a local file does not have.
+    Raises DataError for a missing or unknown file or data set, HubError where the Hub does not deliver,
+    MachineError where it asks for a login, ConfigError for a revision that a local file does not have.
     """
-    name = spec.dataset_name
-    match locate(name):
+    match locate(spec.dataset_name):
         case "shipped":
-            return _load_shipped(spec)
+            return _shipped(spec)
         case "local":
-            return _load_local(spec)
+            return _local(spec)
         case "hub":
-            read, commit = hub.fetch(spec, offline)
-            generator = KNOWN_GENERATORS.get(name)
-            if not {"left", "right"} <= set(read.columns):
-                return Table(read.columns, read.rows, name, hash_rows(read.rows), commit, None, generator, read.lines)
-            return _of_split(spec, read, name, revision=commit, generator=generator)
+            return _of_the_hub(spec, offline)
+
+
+def load(spec: DataSpec, *, offline: bool = False) -> Table:
+    """Every row of the data set that `spec` names, with its text unchanged, in memory.
+
+    Raises what `open_source` raises, DataError for malformed files, and ConfigError for a split that a file does not have.
+    """
+    source = open_source(spec, offline=offline)
+    read = files.joined(source.parts(), source.name)
+    return _of_split(spec, source, read)
 
 
 def check(spec: DataSpec) -> Table | None:
@@ -98,30 +126,42 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _load_shipped(spec: DataSpec) -> Table:
+def _shipped(spec: DataSpec) -> Source:
     if spec.dataset_revision is not None:
         raise _no_revision(spec.dataset_name)
     read = read_jsonl(_shipped_text(), "stances.jsonl")
     control = spec.dataset_name == "stances-control"
-    rows = [row for row in read.rows if (row.get("axis") == "control") == control]
-    return _of_split(spec, Read(read.columns, rows), spec.dataset_name, generator="politune's authors")
+    rows = Read(read.columns, [row for row in read.rows if (row.get("axis") == "control") == control])
+    return Source(
+        spec.dataset_name,
+        lambda: iter((RowsPart(spec.dataset_name, rows),)),
+        generator="politune's authors",
+        split=spec.dataset_split,
+    )
 
 
 def _shipped_text() -> str:
     return resources.files("politune.data").joinpath("samples", "stances.jsonl").read_text(encoding="utf-8")
 
 
-def _load_local(spec: DataSpec) -> Table:
+def _local(spec: DataSpec) -> Source:
     if spec.dataset_revision is not None:
         raise _no_revision("a local file")
     path = _expand(spec.dataset_name)
     _require_data_file(path)
-    read = read_file(path, str(path))
-    if spec.dataset_split != "train" and not _has_splits(read):
-        raise ConfigError(
-            f"{safe(path.name)} has no splits to choose {safe(spec.dataset_split)!r} from", where="data.dataset_split"
-        )
-    return _of_split(spec, read, path.name, path=path)
+    return Source(path.name, lambda: files.parts(path, str(path)), path, split=spec.dataset_split)
+
+
+def _of_the_hub(spec: DataSpec, offline: bool) -> Source:
+    found, commit = hub.fetch(spec, offline)
+    if isinstance(found, Read):
+        parts: Callable[[], Iterator[Part]] = lambda: iter((RowsPart(spec.dataset_name, found),))  # noqa: E731 - the other one has arguments too
+    else:
+        parts = lambda: chain.from_iterable(files.parts(path, name) for path, name in found)  # noqa: E731
+    first = next(parts()).read()
+    split = spec.dataset_split if {"left", "right"} <= set(first.columns) else None
+    name = spec.dataset_name
+    return Source(name, parts, revision=commit, generator=KNOWN_GENERATORS.get(name), split=split)
 
 
 def _no_revision(what: str) -> ConfigError:
@@ -174,29 +214,37 @@ def _names_in(directory: Path) -> list[str]:
         return []
 
 
-def _has_splits(read: Read) -> bool:
-    return "split" in read.columns
-
-
-def _of_split(
-    spec: DataSpec, read: Read, name: str, *, path: Path | None = None, revision: str | None = None,
-    generator: str | None = None,
-) -> Table:  # fmt: skip
+def _of_split(spec: DataSpec, source: Source, read: Read) -> Table:
     """The table of the rows that belong to the split, where the rows themselves say so."""
     rows, lines, others = read.rows, read.lines, 0
-    if _has_splits(read):
+    if source.split is not None and "split" in read.columns:
         splits = [split_of(row) for row in rows]
-        keep = [index for index, split in enumerate(splits) if split == spec.dataset_split]
+        keep = [index for index, split in enumerate(splits) if split == source.split]
         if not keep:
-            found = ", ".join(sorted({safe(split, 40) for split in splits})[:10])
-            raise DataError(
-                f"{safe(name)} has no rows of the split {safe(spec.dataset_split)!r}; it has {found or 'no rows'}",
-                where="data.dataset_split",
-                fix="name one of its splits with --dataset_split, or remove the column split" if found else None,
-            )
+            raise no_such_split(source, splits)
         others = len(rows) - len(keep)
         rows, lines = [rows[index] for index in keep], tuple(lines[index] for index in keep) if lines else None
-    return Table(read.columns, rows, name, hash_rows(rows), revision, path, generator, lines, others)
+    elif source.path and spec.dataset_split != "train":
+        raise _without_splits(spec, source)
+    return Table(
+        read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, source.generator, lines, others
+    )
+
+
+def _without_splits(spec: DataSpec, source: Source) -> ConfigError:
+    return ConfigError(
+        f"{safe(source.name)} has no splits to choose {safe(spec.dataset_split)!r} from", where="data.dataset_split"
+    )
+
+
+def no_such_split(source: Source, splits: Iterable[str]) -> DataError:
+    """The error of a split that no row belongs to; `splits` are those that there are."""
+    found = ", ".join(sorted({safe(split, 40) for split in splits})[:10])
+    return DataError(
+        f"{safe(source.name)} has no rows of the split {safe(source.split)!r}; it has {found or 'no rows'}",
+        where="data.dataset_split",
+        fix="name one of its splits with --dataset_split, or remove the column split" if found else None,
+    )
 
 
 def hash_rows(rows: Sequence[dict[str, object]]) -> str:
