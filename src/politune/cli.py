@@ -301,7 +301,11 @@ def merge_command(
 @app.command("inspect-data")
 def inspect_data(
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="A file, `stances`, or a Hub id (default: the demo's data).")
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA]...",
+            help="Files, `stances`, Hub ids; several are compared as arms (default: the demo's data).",
+        ),
     ] = None,
     preset: PresetName = None,
     model: Annotated[
@@ -321,31 +325,46 @@ def inspect_data(
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="Longest prompt + completion, in tokens.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="A data file, Hub id or instrument to share no text with; may be repeated."),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="Rows that are looked at as texts: shortcuts, topics, tokens.")
+    ] = 5000,
     html: Annotated[Path | None, typer.Option("--html", help="Also write the report as one HTML page.")] = None,
     offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what the trainer will see of a data set: lengths, drops, duplicates, shortcuts."""
+    """Show what the trainer will see of data: what trains, shortcuts, leaks, and whether several sets are matched arms."""
     say = _say(quiet)
-    if data is None and preset is None:
+    if not data and preset is None:
         preset = "demo-left"
         say("no data named: showing the demo's (preset demo-left)")
     flags = {
-        "data.dataset_name": data,
+        "data.dataset_name": data[0] if data else None,
         "data.dataset_revision": dataset_revision,
         "data.direction": direction,
         "data.max_length": max_length,
     }
-    if data in SHIPPED_DATA and direction is None and preset is None:
+    if data and data[0] in SHIPPED_DATA and direction is None and preset is None:
         flags["data.direction"] = "left"
     resolved = presets.resolve(
         None if preset else "dpo", preset, {**flags, "model.model_name_or_path": model or (None if preset else "demo")}
     )
     with _stdout_reserved():
-        from politune import preview
+        from politune import inspection
 
-        result = preview.inspect(resolved.run, tokenizer_asked_for=model is not None, offline=offline, say=say)
+        result = inspection.inspect(
+            resolved.run,
+            data or [resolved.run.data.dataset_name],
+            against=against or (),
+            sample_rows=sample,
+            tokenizer_asked_for=model is not None,
+            offline=offline,
+            say=say,
+        )
     if html:
         report.write_html(result, html)
         say(f"wrote {safe(html)}")

@@ -1,4 +1,4 @@
-"""What can be said of a run before it starts: its plan without loading anything, and a look at its data."""
+"""What can be said of a run before it starts, without loading anything: its plan."""
 
 import difflib
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from politune import plan
-from politune.config import DataSpec, DpoRun, Run
-from politune.data import audit, sources
+from politune.config import DpoRun, Run
 from politune.data import format as rows_format
-from politune.errors import ConfigError, PolituneError, safe
+from politune.data import sources
+from politune.errors import ConfigError, safe
 from politune.models import load
 
 
@@ -60,47 +60,3 @@ def convert(run: Run, table: rows_format.Table) -> rows_format.Rows[Any]:
     """A table's rows in the shape that the run's method trains on."""
     to_rows: Any = rows_format.to_preference_rows if isinstance(run, DpoRun) else rows_format.to_chat_rows
     return to_rows(table, run.data.direction, run.train.seed)  # type: ignore[no-any-return]
-
-
-def inspect(run: Run, *, tokenizer_asked_for: bool, offline: bool, say: Callable[[str], None]) -> audit.InspectReport:
-    """The audit of a run's data, in tokens where the tokenizer of its model is at hand.
-
-    Data that only the other method could train are shown as that method trains them, and a left and a right text
-    without a direction as `left`; `say` is told of both.
-
-    Args:
-        tokenizer_asked_for: fetch the tokenizer, and fail where it cannot be had; otherwise take it only from this machine.
-    """
-    table = sources.load(run.data, offline=offline)
-    method, spec = _method(run, table, say), _with_direction(run.data, table, say)
-    tokenizer = _tokenizer(run, tokenizer_asked_for, offline, say)
-    return audit.audit(table, spec, tokenizer=tokenizer, seed=run.train.seed, method=method)
-
-
-def _method(run: Run, table: rows_format.Table, say: Callable[[str], None]) -> rows_format.Method:
-    """The run's own method, where it can read the columns or none can."""
-    fitting = rows_format.methods_of(table)
-    if not fitting or run.method in fitting:
-        return run.method
-    say(f"{safe(table.name)} has the columns of `politune train {fitting[0]}`: showing it as {fitting[0]} trains it")
-    return fitting[0]
-
-
-def _with_direction(spec: DataSpec, table: rows_format.Table, say: Callable[[str], None]) -> DataSpec:
-    if spec.direction is not None or not rows_format.needs_direction(table):
-        return spec
-    say(f"{safe(table.name)} holds a left and a right text per row: showing direction left (--direction chooses)")
-    return spec.model_copy(update={"direction": "left"})
-
-
-def _tokenizer(run: Run, asked_for: bool, offline: bool, say: Callable[[str], None]) -> Any:
-    try:
-        return load.load_tokenizer(load.resolve(run.model, offline=offline or not asked_for, say=say))
-    except PolituneError:
-        if asked_for:
-            raise
-        name = run.model.model_name_or_path
-        say(
-            f"counting words only: the tokenizer of {safe(name)} is not on this machine (--model {safe(name)} fetches it)"
-        )
-        return None

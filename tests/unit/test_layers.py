@@ -20,6 +20,7 @@ LAYERS = [
     ["data", "models"],
     ["preview", "doctor"],
     ["lean"],
+    ["inspection"],
     ["training"],
     ["study"],
     ["cli"],

@@ -84,16 +84,54 @@ class TextPart:
             numbers.append(number)
         return Read(_columns(rows), rows, tuple(numbers))
 
+    first = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What the part takes of a file that is not packed; 0 where nobody knows."""
+        return len(self.body)
+
+    def places(self, read: Read) -> Sequence[int]:
+        """What `pick` finds each of the rows by: its line."""
+        return read.lines or ()
+
+    def pick(self, places: Sequence[int]) -> Read:
+        """The rows on these lines alone.
+
+        Raises:
+            IndexError: there is no such line in the part.
+        """
+        lines = self.body.split(b"\n")
+        picked = [TextPart(self.name, lines[place - self.line], place, is_last=False).read() for place in places]
+        rows = [row for read in picked for row in read.rows]
+        return Read(_columns(rows), rows, tuple(places))
+
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Rows of the file `name` that are parsed already."""
+    """Rows of the file `name` that are parsed already; `first` rows come before them."""
 
     name: str
     rows: Read
+    first: int = 0
+    size_bytes = 0
 
     def read(self) -> Read:
         return self.rows
+
+    def places(self, read: Read) -> Sequence[int]:
+        """What `pick` finds each of the rows by: its number in the part, from 0."""
+        return range(len(read.rows))
+
+    def pick(self, places: Sequence[int]) -> Read:
+        """The rows with these numbers, from 0.
+
+        Raises:
+            IndexError: there is no such row in the part.
+        """
+        rows, lines = self.rows.rows, self.rows.lines
+        picked = tuple(lines[place] for place in places) if lines else None
+        return Read(self.rows.columns, [rows[place] for place in places], picked)
 
 
 Part: TypeAlias = TextPart | RowsPart
@@ -389,7 +427,7 @@ def _json_parts(source: _Unpacked, name: str) -> Iterator[Part]:
     rows = [_require_object(item, f"{where} row {index}") for index, item in enumerate(value, start=1)]
     columns = _columns(rows)
     for start in range(0, len(rows), ROWS_OF_A_PART):
-        yield RowsPart(name, Read(columns, rows[start : start + ROWS_OF_A_PART]))
+        yield RowsPart(name, Read(columns, rows[start : start + ROWS_OF_A_PART]), start)
 
 
 def _found_object(value: dict[str, object]) -> str:
@@ -507,6 +545,7 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
 
     budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * size_bytes))
     rows: list[dict[str, object]] = []
+    first = 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
@@ -519,8 +558,8 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
             for batch in file.iter_batches(batch_size=at_once, columns=known):
                 rows += [budget.spend(row) for row in batch.to_pylist()]
                 if len(rows) >= ROWS_OF_A_PART:
-                    yield RowsPart(name, Read(columns, rows))
-                    rows = []
+                    yield RowsPart(name, Read(columns, rows), first)
+                    rows, first = [], first + len(rows)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
-    yield RowsPart(name, Read(columns, rows))
+    yield RowsPart(name, Read(columns, rows), first)

@@ -156,14 +156,21 @@ def split_of(row: Mapping[str, object]) -> str:
     return "train" if split in (None, "") else str(split)
 
 
-def parse_preferences(table: Table, direction: str | None, seed: int) -> list[PreferenceRow]:
-    """Every row of the table as a preference row, unusable ones included. Raises DataError as `to_preference_rows`."""
+def parse_preferences(
+    table: Table, direction: str | None, seed: int, swaps: Sequence[bool] | None = None
+) -> list[PreferenceRow]:
+    """Every row of the table as a preference row, unusable ones included. Raises DataError as `to_preference_rows`.
+
+    Args:
+        swaps: which rows have their sides swapped, where the table is a part of the data that `shuffled` was drawn for.
+    """
     shape = _require_shape(table, PREFERENCE_SHAPES, "preference pairs", "politune train dpo", CHAT_SHAPES[:-1])
     read = {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
     _require_direction(table, shape, direction)
     _refuse_mixed_kinds(table, shape)
     rows = []
-    for index, swap in enumerate(_swaps(len(table.rows), shape, direction, seed)):
+    drawn = _swaps(len(table.rows), shape, direction, seed) if swaps is None else swaps
+    for index, swap in enumerate(drawn):
         prompt, first, second = read(_Row(table, index))
         chosen, rejected = (second, first) if swap else (first, second)
         rows.append(PreferenceRow(prompt, chosen, rejected, *_labels(table, index)))
@@ -685,15 +692,23 @@ def _require_direction(table: Table, shape: tuple[str, ...], direction: str | No
 
 
 def _swaps(count: int, shape: tuple[str, ...], direction: str | None, seed: int) -> list[bool]:
-    """Per row, whether its second text becomes the chosen one.
-
-    `shuffled` swaps exactly half of the rows (rounded down), so that the placebo leans to neither side by luck.
-    """
+    """Per row, whether its second text becomes the chosen one."""
     if direction == "shuffled":
-        swaps = [index % 2 == 1 for index in range(count)]
-        random.Random(seed).shuffle(swaps)
-        return swaps
+        return draw_sides(count, seed)
     return [shape == STANCE and direction == "right"] * count
+
+
+def draw_sides(count: int, seed: int) -> list[bool]:
+    """Which rows of a placebo have their sides swapped: exactly half (rounded down), so that it leans to neither by luck."""
+    swaps = [index % 2 == 1 for index in range(count)]
+    random.Random(seed).shuffle(swaps)
+    return swaps
+
+
+def kinds_of(table: Table) -> tuple[str, ...]:
+    """What the text columns of the first row hold: text, a list, ..."""
+    shape = _shape(table.columns, (*PREFERENCE_SHAPES, *CHAT_SHAPES)) or ()
+    return tuple(_kind(table.rows[0].get(column)) for column in shape)
 
 
 def _refuse_mixed_kinds(table: Table, shape: tuple[str, ...]) -> None:

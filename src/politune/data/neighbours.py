@@ -2,9 +2,9 @@
 
 MinHash with one permutation (Li, Owen & Zhang 2012, NIPS): the runs of a text fall into 32 bins, of each bin the smallest hash is
 kept, and an empty bin borrows its right neighbour's (Shrivastava & Li 2014, UAI). Two texts agree in a bin with a probability
-equal to their similarity. Locality-sensitive hashing: texts that agree in all four bins of one of eight bands are candidates, of
-pairs at 0.8 so 98.5 %, of pairs at 0.9 all but 0.02 %, of pairs at 0.1 one in 1,250. Every candidate is then compared run by run, so that no
-pair is named that is below the threshold.
+equal to their similarity. Locality-sensitive hashing: texts that agree in all four bins of one of eight bands are candidates;
+of pairs at 0.8 those are 98.5 %, of pairs at 0.9 all but 0.02 %, of pairs at 0.1 one in 1,250. Every candidate is then compared
+run by run, so that no pair is named that is below the threshold.
 """
 
 from collections.abc import Sequence

@@ -42,6 +42,7 @@ class Source:
         revision: the commit of data from the Hub.
         generator: who or what wrote the texts, where it is known.
         split: the rows that belong to the data set, where a column `split` is heeded; else None.
+        size_bytes: of its text, where that can be known; else 0.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     revision: str | None = None
     generator: str | None = None
     split: str | None = None
+    size_bytes: int = 0
 
 
 def open_source(spec: DataSpec, *, offline: bool = False) -> Source:
@@ -78,7 +80,7 @@ def load(spec: DataSpec, *, offline: bool = False) -> Table:
     """
     source = open_source(spec, offline=offline)
     read = files.joined(source.parts(), source.name)
-    return _of_split(spec, source, read)
+    return _of_split(source, read)
 
 
 def check(spec: DataSpec) -> Table | None:
@@ -149,7 +151,8 @@ def _local(spec: DataSpec) -> Source:
         raise _no_revision("a local file")
     path = _expand(spec.dataset_name)
     _require_data_file(path)
-    return Source(path.name, lambda: files.parts(path, str(path)), path, split=spec.dataset_split)
+    size = path.stat().st_size if files.kind_of(path) == (".jsonl", "") else 0
+    return Source(path.name, lambda: files.parts(path, str(path)), path, split=spec.dataset_split, size_bytes=size)
 
 
 def _of_the_hub(spec: DataSpec, offline: bool) -> Source:
@@ -214,7 +217,7 @@ def _names_in(directory: Path) -> list[str]:
         return []
 
 
-def _of_split(spec: DataSpec, source: Source, read: Read) -> Table:
+def _of_split(source: Source, read: Read) -> Table:
     """The table of the rows that belong to the split, where the rows themselves say so."""
     rows, lines, others = read.rows, read.lines, 0
     if source.split is not None and "split" in read.columns:
@@ -224,16 +227,17 @@ def _of_split(spec: DataSpec, source: Source, read: Read) -> Table:
             raise no_such_split(source, splits)
         others = len(rows) - len(keep)
         rows, lines = [rows[index] for index in keep], tuple(lines[index] for index in keep) if lines else None
-    elif source.path and spec.dataset_split != "train":
-        raise _without_splits(spec, source)
+    elif source.path and source.split != "train":
+        raise without_splits(source)
     return Table(
         read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, source.generator, lines, others
     )
 
 
-def _without_splits(spec: DataSpec, source: Source) -> ConfigError:
+def without_splits(source: Source) -> ConfigError:
+    """The error of a split that is asked of rows that have none."""
     return ConfigError(
-        f"{safe(source.name)} has no splits to choose {safe(spec.dataset_split)!r} from", where="data.dataset_split"
+        f"{safe(source.name)} has no splits to choose {safe(source.split)!r} from", where="data.dataset_split"
     )
 
 

@@ -75,7 +75,8 @@ def runs(
         hashes[: len(words) - step] += words[step:]
     for text in np.flatnonzero((counts > 0) & (counts < length)):  # few: their one run ends with them
         here = words[begins[text] : begins[text + 1]]
-        hashes[begins[text]] = np.bitwise_xor.reduce(mixed(here + np.arange(len(here), dtype=np.uint64)))
+        places = np.arange(len(here)).astype(np.uint64)
+        hashes[begins[text]] = np.bitwise_xor.reduce(mixed(here + places))
     is_run = left >= length
     is_run[begins[:-1][counts > 0]] = True
     return mixed(hashes[is_run]), of[is_run]

@@ -1,0 +1,114 @@
+"""What a data set shares with texts that it must not have: prompts word for word, and passages of eight words.
+
+A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well); punctuation
+and case make no difference. Of large texts to be held against, only those passages are remembered whose hashes are smallest
+(a fixed share, `Index.share`): a text that was copied as a whole is still found, a single passage with that probability.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from politune.data.words import runs, word_hashes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PASSAGE = 8
+MOST_PASSAGES = 2_000_000
+TABLE_BITS = 24
+WORDS = re.compile("[A-Za-z0-9\x80-\U0010ffff]+")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Texts to be held against, as hashes.
+
+    Args:
+        name: of where they come from.
+        prompts: of the prompts, sorted.
+        passages: of the passages that are remembered, sorted.
+        share: of the passages that is remembered.
+    """
+
+    name: str
+    prompts: "NDArray[np.uint64]"
+    passages: "NDArray[np.uint64]"
+    share: float = 1.0
+
+    def save(self, path: Path) -> None:
+        """Writes the index, for the processes that look into it."""
+        import numpy as np
+
+        np.savez(path, prompts=self.prompts, passages=self.passages, share=self.share, name=self.name)
+
+
+@cache
+def load(path: Path) -> tuple[Index, "NDArray[np.bool_]"]:
+    """An index that was saved, and a table of the upper bits of its passages: most others are told apart by it alone."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as data:
+        found = Index(str(data["name"]), data["prompts"], data["passages"], float(data["share"]))
+    table = np.zeros(1 << TABLE_BITS, bool)
+    table[(found.passages >> np.uint64(64 - TABLE_BITS)).astype(np.int64)] = True
+    return found, table
+
+
+def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Index:
+    """An index of texts, which come some at a time: hashes of their prompts, as `scan.hash_texts` makes them, and the texts."""
+    import numpy as np
+
+    share, kept, asked = 1.0, np.empty(0, np.uint64), np.empty(0, np.uint64)
+    for prompts, texts in some_at_a_time:
+        asked = np.union1d(asked, np.array(prompts, np.uint64))
+        found = passages(texts)[0]
+        kept = np.unique(np.concatenate([kept, found[found <= np.uint64(int(share * (2**64 - 1)))]]))
+        while len(kept) > MOST_PASSAGES:
+            share /= 2
+            kept = kept[: int(np.searchsorted(kept, np.uint64(int(share * (2**64 - 1))), side="right"))]
+    return Index(name, asked, kept, share)
+
+
+def passages(texts: Sequence[str]) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
+    """Hashes of all passages, and the number of the text of each; a text of fewer words has none."""
+    import numpy as np
+
+    words, begins = word_hashes(texts)
+    found, of = runs(words, begins, PASSAGE)
+    long = (np.diff(begins) >= PASSAGE)[of]
+    return found[long], of[long]
+
+
+def shared(index: Index, table: "NDArray[np.bool_]", texts: Sequence[str]) -> "NDArray[np.bool_]":
+    """Which texts share a passage with those of the index, [texts]."""
+    import numpy as np
+
+    found, of = passages(texts)
+    maybe = table[(found >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]
+    found, of = found[maybe], of[maybe]
+    is_shared = np.zeros(len(texts), bool)
+    if len(index.passages):
+        places = np.minimum(np.searchsorted(index.passages, found), len(index.passages) - 1)
+        is_shared[of[index.passages[places] == found]] = True
+    return is_shared
+
+
+def passage_in(text: str, other_texts: Iterable[str]) -> str | None:
+    """The first passage of a text that stands in one of the others, as it is written in the text; None where none does."""
+    import numpy as np
+
+    known = np.unique(passages(list(other_texts))[0])
+    found, _ = passages([text])
+    for place in np.flatnonzero(np.isin(found, known)).tolist():
+        words = list(_words(text))
+        return text[words[place].start() : words[min(place + PASSAGE, len(words)) - 1].end()]
+    return None
+
+
+def _words(text: str) -> Iterator[Any]:
+    return WORDS.finditer(text)

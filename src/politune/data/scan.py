@@ -1,0 +1,423 @@
+"""One pass over a data set: figures of every row, and the texts of a sample.
+
+Processes take the parts of the set (`measure`); what they find is put together in the order of the parts (`scan`), so that their
+number changes nothing. Of a row stay some 90 bytes of numbers. The texts that are looked at more closely are those of the
+sample, the rows whose prompts have the smallest hashes: which rows that are depends on the rows alone, not on their order.
+"""
+
+import hashlib
+import heapq
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from politune.data import format as rows_format
+from politune.data import leaks, neighbours
+from politune.data.files import Part, no_rows
+from politune.data.format import ChatRow, Method, PreferenceRow, Table, prompt_key, split_of
+from politune.data.sources import Source, hash_row, no_such_split, without_splits
+from politune.data.workers import in_order
+from politune.errors import DataError, safe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SAMPLE_ROWS = 5000
+EXAMPLES = 5
+REASONS = ("", *rows_format.UNUSABLE)
+"""Why a row teaches nothing, by the number that stands for it."""
+MARKS = ("leading_line_breaks", "stray_quotation_marks", "hidden_characters")
+
+# Control characters other than tab, CR and LF; zero-width and bidirectional marks. Joiners (U+200C, U+200D) are part of
+# ordinary writing in several scripts and of emoji.
+HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_MAY_HIDE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xc2\xe2\xef]")
+"""The bytes that a hidden character begins with in UTF-8."""
+QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“"}
+
+AnyRow: TypeAlias = PreferenceRow | ChatRow
+COLUMNS: dict[str, tuple[str, int]] = {
+    "place": ("uint32", 1), "keys": ("uint64", 3), "words": ("uint32", 3), "longest": ("uint32", 1), "reason": ("uint8", 1),
+    "bands": ("uint32", neighbours.BANDS),
+}  # fmt: skip
+"""What is kept of every row: its place in its part (a line, or a number from 0); 64-bit hashes of its prompt and its answers;
+their lengths in words; the bytes of its prompt and longest answer, which no tokenizer makes more tokens of; why it is unusable;
+and what near-duplicates are found by."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row of the sample: the number of its rank, its number among all rows, and itself."""
+
+    rank: tuple[int, int]
+    number: int
+    row: AnyRow
+    topic: str
+
+
+@dataclass
+class Facts:
+    """What one part, or all of them, have to say.
+
+    `columns` are those of `COLUMNS`, [rows] or [rows, n]; `marks` counts texts by part of the row and kind of mark; `examples`
+    holds numbers of rows by what is odd about them; `leaks` counts, by the name of what the rows are held against, those that
+    share a "prompt", a "passage" or either ("row") with it; `others_prompts` are hashes of the prompts of other splits.
+    """
+
+    rows: int = 0
+    others: int = 0
+    names: dict[str, None] = field(default_factory=dict)
+    splits: Counter[str] = field(default_factory=Counter)
+    kinds: tuple[str, ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)
+    digest: bytes = b""
+    marks: Counter[tuple[int, str]] = field(default_factory=Counter)
+    topics: Counter[str] = field(default_factory=Counter)
+    generators: Counter[str] = field(default_factory=Counter)
+    leaks: Counter[tuple[str, str]] = field(default_factory=Counter)
+    others_prompts: set[int] = field(default_factory=set)
+    examples: dict[str, list[int]] = field(default_factory=dict)
+    sample: list[Sampled] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the rows are to be read."""
+
+    name: str
+    method: Method
+    direction: str | None
+    split: str | None
+    seed: int
+    against: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A data set, measured.
+
+    Args:
+        source: where it comes from, to be read again.
+        settings: how it was read.
+        facts: of all rows together.
+        parts: the number of the first row of each part, [parts + 1].
+    """
+
+    source: Source
+    settings: Settings
+    facts: Facts
+    parts: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.facts.rows
+
+    def __getitem__(self, column: str) -> Any:
+        """A column of `COLUMNS`."""
+        return self.facts.columns[column]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the sample is all rows."""
+        return len(self.facts.sample) == self.facts.rows
+
+
+def scan(
+    source: Source,
+    method: Method,
+    direction: str | None,
+    seed: int,
+    *,
+    sample_rows: int = SAMPLE_ROWS,
+    against: Sequence[Path] = (),
+    processes: int | None = None,
+    told: Callable[[int, float | None], None] = lambda rows, share: None,
+) -> Scan:
+    """Measures every row.
+
+    Args:
+        method: which rows are read, pairs or conversations.
+        direction, seed: which side is the chosen one, as `format.parse_preferences` takes them.
+        sample_rows: how many rows are kept as texts.
+        against: what `leaks.Index.save` wrote.
+        told: takes the number of rows that are done, and the share of the set that they are, where its size is known.
+
+    Raises:
+        DataError: a row that cannot be read as this method's, a file that is malformed, no row of the split.
+    """
+    settings = Settings(source.name, method, direction, source.split, seed, tuple(against))
+    swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" and method == "dpo" else None
+    whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
+    pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    digest = hashlib.sha256()
+
+    def given() -> Iterator[tuple[Part, int, Sequence[bool] | None]]:
+        done = iter(swaps or ())
+        for part in source.parts():
+            ends.append(ends[-1] + part.size_bytes)
+            yield part, bound[0], None if swaps is None else next(done)
+
+    for found in in_order(partial(measure, settings), given(), processes):
+        _refuse_other_kinds(whole, found, source)
+        _add(whole, found, pieces)
+        digest.update(found.digest)
+        firsts.append(whole.rows)
+        whole.sample = heapq.nsmallest(sample_rows, whole.sample, key=_rank)
+        if len(whole.sample) == sample_rows:
+            bound[0] = whole.sample[-1].rank[0]
+        told(whole.rows, ends[len(firsts) - 1] / source.size_bytes if source.size_bytes else None)
+    if not whole.rows:
+        raise no_such_split(source, whole.splits) if whole.others else no_rows(source.name, tuple(whole.names))
+    if source.path and source.split != "train" and "split" not in whole.names:
+        raise without_splits(source)
+    _join(whole, pieces)
+    whole.digest = digest.digest()
+    return Scan(source, settings, whole, tuple(firsts))
+
+
+def _rank(sampled: Sampled) -> tuple[int, int]:
+    return sampled.rank
+
+
+def _join(whole: Facts, pieces: dict[str, list[Any]]) -> None:
+    import numpy as np
+
+    for name in COLUMNS:
+        whole.columns[name] = np.concatenate(pieces.pop(name))
+
+
+def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
+    for name, values in found.columns.items():
+        pieces[name].append(values)
+    whole.names |= found.names
+    for counted in ("splits", "marks", "topics", "generators", "leaks", "others_prompts"):
+        getattr(whole, counted).update(getattr(found, counted))
+    for what, numbers in found.examples.items():
+        have = whole.examples.setdefault(what, [])
+        have += [whole.rows + number for number in numbers[: EXAMPLES - len(have)]]
+    whole.sample += [Sampled(each.rank, whole.rows + each.number, each.row, each.topic) for each in found.sample]
+    whole.rows += found.rows
+    whole.others += found.others
+
+
+def _refuse_other_kinds(whole: Facts, found: Facts, source: Source) -> None:
+    """Text in one part of the data and messages in another, as `format` refuses them within one table."""
+    if found.kinds and whole.kinds and found.kinds != whole.kinds:
+        one, other = next((here, there) for here, there in zip(found.kinds, whole.kinds, strict=True) if here != there)
+        raise DataError(
+            f"some rows hold {one} where others hold {other}",
+            where=safe(source.name),
+            fix="use text in every row, or lists of messages in every row",
+        )
+    whole.kinds = whole.kinds or found.kinds
+
+
+def _drawn_sides(source: Source, settings: Settings, processes: int | None) -> list[list[bool]]:
+    """Which rows have their sides swapped, by part: exactly half of all, so that they have to be counted first."""
+    counts = list(in_order(partial(_count, settings), source.parts(), processes))
+    drawn = iter(rows_format.draw_sides(sum(counts), settings.seed))
+    return [[next(drawn) for _ in range(count)] for count in counts]
+
+
+def _count(settings: Settings, part: Part) -> int:
+    return len(_table(settings, part)[0].rows)
+
+
+# --- one part, in a process of its own -------------------------------------------------------------------------------
+
+
+def measure(settings: Settings, given: tuple[Part, int, Sequence[bool] | None]) -> Facts:
+    """What there is to say of one part.
+
+    Args:
+        settings: how the rows are to be read.
+        given: the part; a bound that the first number of a rank must not exceed for its row to be in the sample; and which rows
+            have their sides swapped, where that was drawn.
+    """
+    part, bound, swaps = given
+    table, places, others = _table(settings, part)
+    facts = Facts(rows=len(table.rows), others=len(others), names=dict.fromkeys(table.columns))
+    facts.splits = Counter(map(split_of, others))
+    facts.others_prompts = set(hash_texts(str(row.get("prompt", "")).strip() for row in others))
+    if not table.rows:
+        return facts
+    rows = _parse(settings, table, swaps)
+    facts.kinds = rows_format.kinds_of(table)
+    facts.digest = b"".join(map(hash_row, table.rows))
+    facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic"))
+    facts.generators = Counter(_label(row, "generator") for row in table.rows if row.get("generator"))
+    _measure_rows(facts, rows, places)
+    _hold_against(facts, rows, settings.against)
+    keys = facts.columns["keys"]
+    for number in (keys[:, 0] <= bound).nonzero()[0].tolist():
+        rank = (int(keys[number, 0]), int(keys[number, 1] ^ keys[number, 2]))
+        facts.sample.append(Sampled(rank, number, rows[number], _label(table.rows[number], "topic")))
+    return facts
+
+
+def _label(row: dict[str, object], column: str) -> str:
+    return safe(row.get(column) or "", 60)
+
+
+def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[str, object]]]:
+    """(the rows of the split, the place of each in the part, the rows of other splits)."""
+    read = part.read()
+    rows, lines, others = read.rows, read.lines, []
+    places = list(part.places(read))
+    if settings.split is not None and "split" in read.columns:
+        keep = [index for index, row in enumerate(rows) if split_of(row) == settings.split]
+        if len(keep) < len(rows):
+            others = [row for row in rows if split_of(row) != settings.split]
+            rows, places = [rows[index] for index in keep], [places[index] for index in keep]
+            lines = tuple(lines[index] for index in keep) if lines else None
+    return Table(read.columns, rows, part.name, "", lines=lines, first=part.first), places, others
+
+
+def _parse(settings: Settings, table: Table, swaps: Sequence[bool] | None) -> Sequence[AnyRow]:
+    if settings.method == "sft":
+        return rows_format.parse_chats(table, settings.direction, settings.seed)
+    return rows_format.parse_preferences(table, settings.direction, settings.seed, swaps)
+
+
+def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> None:
+    import numpy as np
+
+    sides = len(rows[0].completions)
+    prompts = [row.prompt[-1]["content"] for row in rows]
+    texts = [prompts, *([row.completions[side] for row in rows] for side in range(sides))]
+    keys = np.zeros((len(rows), 3), np.uint64)
+    keys[:, 0] = hash_texts([_prompt_text(row) for row in rows])
+    words = np.zeros((len(rows), 3), np.uint32)
+    longest = np.zeros((len(rows), 3), np.uint32)
+    for column, of_part in enumerate(texts):
+        if column:
+            keys[:, column] = hash_texts(of_part)
+        words[:, column] = [len(text.split()) for text in of_part]
+        longest[:, column] = [
+            len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in of_part
+        ]
+        _mark(facts, column, of_part)
+    for number, row in enumerate(rows):
+        if len(row.prompt) > 1:
+            before = row.prompt[:-1]
+            words[number, 0] += sum(len(turn["content"].split()) for turn in before)
+            longest[number, 0] += sum(len(turn["content"].encode("utf-8", "surrogatepass")) for turn in before)
+    reasons = [REASONS.index(rows_format.unusable(row) or "") for row in rows]
+    for reason, name in enumerate(REASONS):
+        if reason and (found := [number for number, each in enumerate(reasons) if each == reason]):
+            facts.examples[name] = found[:EXAMPLES]
+    facts.columns = {
+        "place": np.array(places, np.uint32),
+        "keys": keys,
+        "words": words,
+        "longest": longest[:, 0] + longest[:, 1:].max(1),
+        "reason": np.array(reasons, np.uint8),
+        "bands": neighbours.sketch([whole_text(row) for row in rows]),
+    }
+
+
+def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path]) -> None:
+    import numpy as np
+
+    texts = [whole_text(row) for row in rows] if against else []
+    for path in against:
+        index, table = leaks.load(path)
+        by_prompt = np.isin(facts.columns["keys"][:, 0], index.prompts)
+        by_passage = leaks.shared(index, table, texts)
+        for how, found in (("prompt", by_prompt), ("passage", by_passage), ("row", by_prompt | by_passage)):
+            facts.leaks[index.name, how] = int(found.sum())
+        found_rows = np.flatnonzero(by_prompt | by_passage)[:EXAMPLES].tolist()
+        if found_rows:
+            facts.examples[f"leak {index.name}"] = found_rows
+
+
+def whole_text(row: AnyRow) -> str:
+    """What a row is compared with other rows by."""
+    return "\n".join((row.prompt[-1]["content"], *row.completions))
+
+
+def _prompt_text(row: AnyRow) -> str:
+    if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
+        return row.prompt[0]["content"].strip()
+    return repr(prompt_key(row))
+
+
+def hash_texts(texts: Iterable[str]) -> list[int]:
+    """64-bit hashes of texts, equal in all processes: of prompts with the white space around them taken off."""
+    blake = hashlib.blake2b
+    return [
+        int.from_bytes(blake(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") for text in texts
+    ]
+
+
+def _mark(facts: Facts, column: int, texts: Sequence[str]) -> None:
+    """Counts the marks of one part of the rows, and remembers some rows of each kind."""
+    joined = "".join(texts)
+    found = {"leading_line_breaks": [number for number, text in enumerate(texts) if text[:1] in ("\n", "\r") and text]}
+    if not joined.isascii() or '"' in joined:
+        found["stray_quotation_marks"] = [number for number, text in enumerate(texts) if has_stray_quotes(text)]
+    if _MAY_HIDE.search(joined.encode("utf-8", "surrogatepass")):
+        found["hidden_characters"] = [number for number, text in enumerate(texts) if HIDDEN.search(text)]
+    for name, numbers in found.items():
+        if numbers:
+            facts.marks[column, name] = len(numbers)
+            have = facts.examples.setdefault(name, [])
+            have += numbers[: EXAMPLES - len(have)]
+
+
+def has_stray_quotes(text: str) -> bool:
+    """Whether a quotation mark has no partner, or one pair stands around the whole text and quotes nothing."""
+    text = text.strip()
+    if text.count('"') % 2 or text.count("“") + text.count("„") < text.count("”"):
+        return True
+    closing = QUOTES.get(text[:1])
+    return closing is not None and text.find(closing, 1) in (-1, len(text) - 1)
+
+
+# --- once more -------------------------------------------------------------------------------------------------------
+
+
+def rows_at(of: Scan, numbers: Iterable[int]) -> dict[int, AnyRow]:
+    """The rows with these numbers, read once more.
+
+    Raises:
+        DataError: the data set is not the one that was measured any more.
+    """
+    import numpy as np
+
+    wanted = np.unique(np.fromiter(numbers, np.int64))
+    found: dict[int, AnyRow] = {}
+    places, firsts = of["place"], np.array(of.parts)
+    for number, part in enumerate(of.source.parts()):
+        if number + 1 >= len(firsts):
+            raise _changed(of)
+        here = wanted[np.searchsorted(wanted, firsts[number]) : np.searchsorted(wanted, firsts[number + 1])]
+        if len(here):
+            table = _picked(part, places[here].tolist(), of)
+            swaps = _sides_at(of, here)
+            found |= zip(here.tolist(), _parse(of.settings, table, swaps), strict=True)
+    return found
+
+
+def _picked(part: Part, places: list[int], of: Scan) -> Table:
+    try:
+        read = part.pick(places)
+    except (IndexError, DataError) as error:
+        raise _changed(of) from error
+    return Table(read.columns, read.rows, part.name, "", lines=read.lines)
+
+
+def _changed(of: Scan) -> DataError:
+    return DataError("changed while it was read", where=safe(of.source.name), fix="run the same command again")
+
+
+def _sides_at(of: Scan, numbers: "NDArray[np.int64]") -> list[bool] | None:
+    if of.settings.direction != "shuffled" or of.settings.method != "dpo":
+        return None
+    drawn = rows_format.draw_sides(of.rows, of.settings.seed)
+    return [drawn[number] for number in numbers.tolist()]

@@ -1,0 +1,210 @@
+"""`politune inspect-data`: data sets measured, judged and held against one another and against texts that they must not share."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from politune.config import SHIPPED_DATA, DataSpec, Run
+from politune.data import arms, audit, leaks, scan, sources
+from politune.data import format as rows_format
+from politune.data.audit import QUESTIONS, DataAudit, Finding
+from politune.data.files import Part
+from politune.data.workers import in_order
+from politune.errors import ConfigError, PolituneError, safe
+from politune.lean import instruments
+from politune.models import load
+from politune.progress import Rate
+from politune.report import Lines, Section, Table
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What there is to say of the data sets; `arms` where there are several."""
+
+    datasets: tuple[DataAudit, ...]
+    arms: arms.Arms | None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Those of all data sets and of the arms, the weightiest first."""
+        found = [finding for each in self.datasets for finding in each.findings]
+        found += self.arms.findings() if self.arms else ()
+        return tuple(sorted(found, key=lambda finding: -finding.weight))
+
+    @property
+    def headline(self) -> str:
+        first = self.datasets[0]
+        if self.arms:
+            return f"{' and '.join(safe(name, 60) for name in self.arms.names)}: matched {self.arms.verdict}"
+        said = first.findings[0].text if first.findings else "nothing stands out"
+        return f"{first.rows:,} {first.kind} in {safe(first.name)}: {said}"
+
+    def sections(self) -> Sequence[Section]:
+        return list(self._sections())
+
+    def _sections(self) -> Iterator[Section]:
+        yield self._verdicts()
+        for each in self.datasets:
+            texts = tuple(finding.text for finding in each.findings) or ("none",)
+            yield Lines(f"Findings{self._of(each)}", texts)
+        if self.arms:
+            yield from self.arms.sections()
+        for each in self.datasets:
+            for section in each.evidence():
+                yield _titled(section, self._of(each))
+
+    def _of(self, each: DataAudit) -> str:
+        """What tells the sections of several data sets apart."""
+        if self.arms is None:
+            return ""
+        return f" · {self.arms.names[next(number for number, other in enumerate(self.datasets) if other is each)]}"
+
+    def _verdicts(self) -> Table:
+        rows: list[tuple[str, ...]] = []
+        for question, asked in QUESTIONS.items():
+            if question == "arms":
+                rows += [(asked, "", self.arms.verdict)] if self.arms else []
+                continue
+            for each in self.datasets:
+                rows.append((asked, self._of(each).removeprefix(" · "), each.verdict(question)))
+        if self.arms is None:
+            return Table("Verdicts", ("question", "verdict"), tuple((asked, said) for asked, _, said in rows))
+        return Table("Verdicts", ("question", "data", "verdict"), tuple(rows))
+
+
+def _titled(section: Section, suffix: str) -> Section:
+    from dataclasses import replace
+
+    return replace(section, title=f"{section.title}{suffix}") if suffix else section
+
+
+def inspect(
+    run: Run,
+    names: Sequence[str],
+    *,
+    against: Sequence[str] = (),
+    sample_rows: int = scan.SAMPLE_ROWS,
+    tokenizer_asked_for: bool = False,
+    offline: bool = False,
+    say: Callable[[str], None],
+) -> InspectReport:
+    """The audit of data sets as a run's settings would train them, in tokens where the tokenizer of its model is at hand.
+
+    Data that only the other method could train are shown as that method trains them, and a left and a right text
+    without a direction as `left`; `say` is told of both.
+
+    Args:
+        names: of the data sets, as `data.dataset_name` takes them.
+        against: data files or instruments that the rows must share nothing with.
+        sample_rows: how many rows are looked at as texts.
+        tokenizer_asked_for: fetch the tokenizer, and fail where it cannot be had; otherwise take it only from this machine.
+
+    Raises:
+        PolituneError: the data cannot be had or read.
+    """
+    tokenizer = _tokenizer(run, tokenizer_asked_for, offline, say)
+    base = run.model.model_name_or_path
+    scans: list[scan.Scan] = []
+    audits: list[DataAudit] = []
+    with tempfile.TemporaryDirectory(prefix="politune-against-") as place:
+        indexes = [_index(name, number, Path(place), offline) for number, name in enumerate(against)]
+        for name in names:
+            spec, source, method = _opened(run, name, offline, say)
+            told = Rate(f"reading {safe(source.name, 60)}", "rows", say)
+            seed, paths = run.train.seed, [path for path, _ in indexes]
+            scanned = scan.scan(source, method, spec.direction, seed, sample_rows=sample_rows, against=paths, told=told)
+            scans.append(scanned)
+            held = [(index.name, index.share) for _, index in indexes]
+            audits.append(audit.audit(scanned, spec, tokenizer=tokenizer, base=base, against=held))
+    if len({each.method for each in audits}) > 1:
+        raise ConfigError("preference pairs and conversations are no arms of one study", fix="inspect them one by one")
+    return InspectReport(tuple(audits), arms.compare(scans, audits) if len(audits) > 1 else None)
+
+
+def _opened(
+    run: Run, name: str, offline: bool, say: Callable[[str], None]
+) -> tuple[DataSpec, sources.Source, rows_format.Method]:
+    spec = run.data.model_copy(update={"dataset_name": name})
+    if name in SHIPPED_DATA and spec.direction is None:
+        spec = spec.model_copy(update={"direction": "left"})
+    source = sources.open_source(spec, offline=offline)
+    columns = next(iter(source.parts())).read().columns
+    shape = rows_format.Table(columns, [], source.name, "")
+    method = _method(run, shape, say)
+    return _with_direction(spec, shape, say), source, method
+
+
+def _method(run: Run, table: rows_format.Table, say: Callable[[str], None]) -> rows_format.Method:
+    """The run's own method, where it can read the columns or none can."""
+    fitting = rows_format.methods_of(table)
+    if not fitting or run.method in fitting:
+        return run.method
+    say(f"{safe(table.name)} has the columns of `politune train {fitting[0]}`: showing it as {fitting[0]} trains it")
+    return fitting[0]
+
+
+def _with_direction(spec: DataSpec, table: rows_format.Table, say: Callable[[str], None]) -> DataSpec:
+    if spec.direction is not None or not rows_format.needs_direction(table):
+        return spec
+    say(f"{safe(table.name)} holds a left and a right text per row: showing direction left (--direction chooses)")
+    return spec.model_copy(update={"direction": "left"})
+
+
+def _tokenizer(run: Run, asked_for: bool, offline: bool, say: Callable[[str], None]) -> Any:
+    try:
+        return load.load_tokenizer(load.resolve(run.model, offline=offline or not asked_for, say=say))
+    except PolituneError:
+        if asked_for:
+            raise
+        name = run.model.model_name_or_path
+        say(
+            f"counting words only: the tokenizer of {safe(name)} is not on this machine (--model {safe(name)} fetches it)"
+        )
+        return None
+
+
+# --- what the rows are held against ----------------------------------------------------------------------------------
+
+
+def _index(name: str, number: int, place: Path, offline: bool) -> tuple[Path, leaks.Index]:
+    """(the file of an index of the named texts, the index)."""
+    index = leaks.build(name, _of_instrument(name) if name in instruments.shipped_names() else _of_data(name, offline))
+    path = place / f"{number}.npz"
+    index.save(path)
+    return path, index
+
+
+def _of_instrument(name: str) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
+    for item in instruments.load(name).items:
+        prompts = getattr(item, "prompts", ()) or (getattr(item, "prompt", ""),)
+        yield scan.hash_texts(prompt.strip() for prompt in prompts if prompt), instruments.texts_of(item)
+
+
+def _of_data(name: str, offline: bool) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
+    """All rows of the data set, of whichever split."""
+    source = sources.open_source(DataSpec(dataset_name=name, direction="left"), offline=offline)
+    for found in in_order(_texts_of, source.parts()):
+        yield scan.hash_texts(prompt for prompt, _ in found if prompt), [text for _, text in found]
+
+
+def _texts_of(part: Part) -> list[tuple[str, str]]:
+    """(the prompt, all texts) of each row, whatever its shape."""
+    return [(_prompt_of(row), "\n".join(_strings(row))) for row in part.read().rows]
+
+
+def _prompt_of(row: dict[str, object]) -> str:
+    found = row.get("prompt") or row.get("instruction") or row.get("question") or ""
+    return found.strip() if isinstance(found, str) else ""
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
