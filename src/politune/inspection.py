@@ -9,8 +9,8 @@ from typing import Any
 from politune.config import SHIPPED_DATA, DataSpec, Run
 from politune.data import arms, audit, leaks, scan, sources
 from politune.data import format as rows_format
-from politune.data.audit import QUESTIONS, DataAudit, Finding
 from politune.data.files import Part
+from politune.data.findings import QUESTIONS, DataAudit, Finding
 from politune.data.workers import in_order
 from politune.errors import ConfigError, PolituneError, safe
 from politune.lean import instruments

@@ -1,6 +1,7 @@
 """What an audit counts, and what it finds worth saying. Every expected figure is counted by hand from rows in the test."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,14 +9,13 @@ import pytest
 
 from politune.config import DataSpec, SftDataSpec
 from politune.data import audit, sources
-from politune.data.format import Table
+from politune.data.files import Read, RowsPart
+from politune.data.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
+from politune.data.scan import HIDDEN, Scan, has_stray_quotes, scan
+from politune.data.shown import EXAMPLE_CHARACTERS
 from politune.errors import DataError
+from politune.inspection import InspectReport
 from politune.report import Bars, Lines
-
-
-def table(*rows: dict[str, object]) -> Table:
-    columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    return Table(columns, list(rows), "pairs.csv", sources.hash_rows(rows))
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, object]:
@@ -26,11 +26,23 @@ def many(count: int, chosen: str = "one two", rejected: str = "four five", start
     return [pair(f"p{i}", f"{chosen} c{i}", f"{rejected} r{i}") for i in range(start, start + count)]
 
 
-def look(*rows: dict[str, object], tokenizer: Any = None, **fields: Any) -> audit.InspectReport:
-    return audit.audit(table(*rows), DataSpec(dataset_name="./pairs.csv", **fields), tokenizer=tokenizer)
+def measured(
+    rows: Sequence[dict[str, object]], direction: str | None = None, method: Any = "dpo", **options: Any
+) -> Scan:
+    read = Read(tuple(dict.fromkeys(column for row in rows for column in row)), list(rows))
+    source = sources.Source("pairs.csv", lambda: iter((RowsPart("pairs.csv", read),)))
+    return scan(source, method, direction, 3, **options)
 
 
-def found(report: audit.InspectReport) -> dict[str, audit.Finding]:
+def look(*rows: dict[str, object], tokenizer: Any = None, **fields: Any) -> DataAudit:
+    return audit.audit(measured(rows), DataSpec(dataset_name="./pairs.csv", **fields), tokenizer=tokenizer)
+
+
+def whole(audited: DataAudit) -> InspectReport:
+    return InspectReport((audited,), None)
+
+
+def found(report: DataAudit) -> dict[str, Finding]:
     return {finding.check: finding for finding in report.findings}
 
 
@@ -124,12 +136,12 @@ def test_marks_are_counted_per_side() -> None:
     ],
 )
 def test_stray_quotation_marks(text: str, stray: bool) -> None:
-    assert audit.has_stray_quotes(text) is stray
+    assert has_stray_quotes(text) is stray
 
 
 def test_joiners_in_emoji_and_scripts_are_not_hidden_characters() -> None:
-    assert not audit.HIDDEN.search("👩\u200d💻 می\u200cخواهم\t\r\n")
-    assert all(audit.HIDDEN.search(text) for text in ("\x1b[2J", "\x9b", "\u202e", "\u200b", "\ufeff", "\x00"))
+    assert not HIDDEN.search("👩\u200d💻 می\u200cخواهم\t\r\n")
+    assert all(HIDDEN.search(text) for text in ("\x1b[2J", "\x9b", "\u202e", "\u200b", "\ufeff", "\x00"))
 
 
 def test_what_happens_at_max_length() -> None:
@@ -174,7 +186,7 @@ def test_the_example_shows_boundaries_and_breaks() -> None:
 def test_a_long_example_is_cut() -> None:
     example = look(pair("p", "x" * 5000, "no")).example
     assert "… 3000 more characters" in example
-    assert max(map(len, example)) <= audit.EXAMPLE_CHARACTERS
+    assert max(map(len, example)) <= EXAMPLE_CHARACTERS
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -183,7 +195,7 @@ def test_a_long_example_is_cut() -> None:
 def test_clean_data_has_no_findings() -> None:
     report = look(*many(40))
     assert report.findings == ()
-    assert report.headline == "40 preference pairs in pairs.csv: nothing stands out"
+    assert whole(report).headline == "40 preference pairs in pairs.csv: nothing stands out"
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -204,8 +216,8 @@ def test_what_the_forensics_find_is_a_finding_and_a_section() -> None:
     )
     report = look(*rows)
     assert "commas per word in 100% of the rows" in found(report)["shortcuts"].text
-    assert "commas per word" in str(report.sections())
-    assert report.driven
+    assert "commas per word" in str(whole(report).sections())
+    assert "a row that shortcuts give away" in [row.why for row in report.shown]
     assert look(*rows[:20]).shortcuts is None, "too few prompts to say anything"
 
 
@@ -219,18 +231,18 @@ def test_a_few_rows_prove_nothing() -> None:
 def test_a_mark_on_one_side_misleads_and_on_both_is_worth_knowing() -> None:
     """20 against 0: z = 20 / sqrt(20) = 4.5. 20 against 20: z = 0."""
     one = found(look(*many(20, rejected="\nfour"), *many(80, start=20)))["leading_line_breaks"]
-    assert (one.weight, one.share) == (audit.MISLEADS, 0.2)
+    assert (one.weight, one.share) == (MISLEADS, 0.2)
     assert one.text.startswith("0 chosen and 20 rejected texts begin with a line break: a run can learn the mark")
     both = found(look(*many(20, chosen="\none", rejected="\nfour"), *many(80, start=20)))["leading_line_breaks"]
-    assert both.weight == audit.WORTH_KNOWING
+    assert both.weight == WORTH_KNOWING
 
 
 def test_useless_rows() -> None:
     """1 of 40 is left out; 3 of 40 (7.5 %) stop a run, and are still counted rather than raised."""
     few = found(look(*many(39), pair("p", "same", "same ")))["equal"]
-    assert (few.weight, few.text) == (audit.WORTH_KNOWING, "1 of 40 rows have equal sides: they are left out")
+    assert (few.weight, few.text) == (WORTH_KNOWING, "1 of 40 rows have equal sides: they are left out")
     report = look(*many(37), *[pair("p", "", "x")] * 3)
-    assert found(report)["empty"].weight == audit.STOPS
+    assert found(report)["empty"].weight == STOPS
     assert (report.empty, report.findings[0].check) == (3, "empty")
 
 
@@ -238,15 +250,15 @@ def test_overlength_findings() -> None:
     rows = many(30)
     for fields, weight, text in (
         ({"max_length": 8}, None, None),  # <s> p0 A: one two c0 </s> are seven tokens
-        ({"max_length": 8, "on_overlength": "error"}, audit.STOPS, "1 of 31 rows are longer than 8 tokens: training refuses"),
-        ({"max_length": 8, "on_overlength": "truncate"}, audit.MISLEADS, "1 are cut at the end"),
+        ({"max_length": 8, "on_overlength": "error"}, STOPS, "1 of 31 rows are longer than 8 tokens: training refuses"),
+        ({"max_length": 8, "on_overlength": "truncate"}, MISLEADS, "1 are cut at the end"),
     ):  # fmt: skip
         extra = [] if weight is None else [pair("p", "x " * 20, "y")]
         finding = found(look(*rows, *extra, tokenizer=Words(), **fields)).get("overlength")
         assert (finding and finding.weight) == weight
         assert text is None or (finding and text in finding.text)
     all_of_them = look(*many(3, chosen="x " * 30), tokenizer=Words(), max_length=8)
-    assert all_of_them.findings[0].weight == audit.STOPS
+    assert all_of_them.findings[0].weight == STOPS
 
 
 def test_repetition_findings() -> None:
@@ -296,17 +308,18 @@ def test_special_tokens_in_the_text_are_found() -> None:
 
 def test_chat_data_has_no_sides() -> None:
     rows = [{"instruction": f"i{i}", "input": "", "output": "o o"} for i in range(4)]
-    report = audit.audit(table(*rows), SftDataSpec(dataset_name="./a.csv"), method="sft", tokenizer=Words())
+    report = audit.audit(measured(rows, method="sft"), SftDataSpec(dataset_name="./a.csv"), tokenizer=Words())
     assert [item.part for item in report.lengths] == ["prompt", "answer"] * 2
     assert (report.longer, report.contradictions, report.equal) == ((), 0, 0)
-    assert report.headline == "4 conversations in pairs.csv: nothing stands out"
-    assert not [section for section in report.sections() if "longer" in section.title]
+    assert whole(report).headline == "4 conversations in pairs.csv: nothing stands out"
+    assert not [section for section in whole(report).sections() if "longer" in section.title]
 
 
 def test_the_direction_is_the_one_that_would_be_trained() -> None:
-    stances = table(*({"prompt": f"p{i}", "left": "l l l", "right": "r"} for i in range(10)))
+    stances: list[dict[str, object]] = [{"prompt": f"p{i}", "left": "l l l", "right": "r"} for i in range(10)]
     for direction, chosen in (("left", 10), ("right", 0), ("shuffled", 5)):
-        report = audit.audit(stances, DataSpec(dataset_name="./a.csv", direction=direction), seed=3)  # type: ignore[arg-type]
+        spec = DataSpec(dataset_name="./a.csv", direction=direction)  # type: ignore[arg-type]
+        report = audit.audit(measured(stances, direction), spec)
         assert report.longer[0].chosen == chosen
 
 
@@ -316,17 +329,12 @@ def test_rows_that_cannot_be_read_are_an_error() -> None:
 
 
 def test_the_report_is_json_and_free_of_control_characters() -> None:
-    report = audit.audit(
-        Table(
-            ("prompt", "chosen", "rejected", "\x1b]0;x\x07"),
-            [pair("\x1b[2J", "\u202ea", "b\x9b")],
-            "\x1b.csv",
-            "0" * 64,
-        ),
-        DataSpec(dataset_name="./a.csv"),
-        tokenizer=Words(),
-    )
-    assert json.loads(json.dumps(asdict(report)))["rows"] == 1
+    row = {**pair("\x1b[2J", "\u202ea", "b\x9b"), "\x1b]0;x\x07": 1}
+    read = Read(tuple(row), [row])
+    source = sources.Source("\x1b.csv", lambda: iter((RowsPart("\x1b.csv", read),)))
+    found = audit.audit(scan(source, "dpo", None, 3), DataSpec(dataset_name="./a.csv"), tokenizer=Words())
+    report = whole(found)
+    assert json.loads(json.dumps(asdict(report)))["datasets"][0]["rows"] == 1
     shown = report.headline + "".join(repr(section) for section in report.sections())
     text = "".join(
         line

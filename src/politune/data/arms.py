@@ -12,7 +12,8 @@ from itertools import combinations
 from typing import Any
 
 from politune.data import topics
-from politune.data.audit import MISLEADS, SIGNIFICANT_Z, WORTH_KNOWING, DataAudit, Finding
+from politune.data.checks import SIGNIFICANT_Z
+from politune.data.findings import MISLEADS, WORTH_KNOWING, DataAudit, Finding
 from politune.data.pairs import find_similar_between
 from politune.data.scan import Scan
 from politune.errors import safe
