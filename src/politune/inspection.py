@@ -186,12 +186,12 @@ def _of_data(name: str, offline: bool) -> Iterator[tuple[Sequence[int], Sequence
     """All rows of the data set, of whichever split."""
     source = sources.open_source(DataSpec(dataset_name=name, direction="left"), offline=offline)
     for found in in_order(_texts_of, source.parts()):
-        yield scan.hash_texts(prompt for prompt, _ in found if prompt), [text for _, text in found]
+        yield scan.hash_texts(prompt for prompt, _ in found if prompt), [text for _, texts in found for text in texts]
 
 
-def _texts_of(part: Part) -> list[tuple[str, str]]:
+def _texts_of(part: Part) -> list[tuple[str, list[str]]]:
     """(the prompt, all texts) of each row, whatever its shape."""
-    return [(_prompt_of(row), "\n".join(_strings(row))) for row in part.read().rows]
+    return [(_prompt_of(row), list(_strings(row))) for row in part.read().rows]
 
 
 def _prompt_of(row: dict[str, object]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PASSAGE = 8
 MOST_PASSAGES = 2_000_000
 TABLE_BITS = 24
+LARGEST = 2**64 - 1
 WORDS = re.compile("[A-Za-z0-9\x80-\U0010ffff]+")
 
 
@@ -63,15 +64,15 @@ def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]
     """An index of texts, which come some at a time: hashes of their prompts, as `scan.hash_texts` makes them, and the texts."""
     import numpy as np
 
-    share, kept, asked = 1.0, np.empty(0, np.uint64), np.empty(0, np.uint64)
+    halvings, kept, asked = 0, np.empty(0, np.uint64), np.empty(0, np.uint64)
     for prompts, texts in some_at_a_time:
         asked = np.union1d(asked, np.array(prompts, np.uint64))
         found = passages(texts)[0]
-        kept = np.unique(np.concatenate([kept, found[found <= np.uint64(int(share * (2**64 - 1)))]]))
+        kept = np.union1d(kept, found[found <= np.uint64(LARGEST >> halvings)])
         while len(kept) > MOST_PASSAGES:
-            share /= 2
-            kept = kept[: int(np.searchsorted(kept, np.uint64(int(share * (2**64 - 1))), side="right"))]
-    return Index(name, asked, kept, share)
+            halvings += 1
+            kept = kept[: int(np.searchsorted(kept, np.uint64(LARGEST >> halvings), side="right"))]
+    return Index(name, asked, kept, 0.5**halvings)
 
 
 def passages(texts: Sequence[str]) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:

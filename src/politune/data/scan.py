@@ -324,11 +324,11 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
 def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path]) -> None:
     import numpy as np
 
-    texts = [whole_text(row) for row in rows] if against else []
+    texts = [text for row in rows for text in (row.prompt[-1]["content"], *row.completions)] if against else []
     for path in against:
         index, table = leaks.load(path)
         by_prompt = np.isin(facts.columns["keys"][:, 0], index.prompts)
-        by_passage = leaks.shared(index, table, texts)
+        by_passage = leaks.shared(index, table, texts).reshape(len(rows), -1).any(1)
         for how, found in (("prompt", by_prompt), ("passage", by_passage), ("row", by_prompt | by_passage)):
             facts.leaks[index.name, how] = int(found.sum())
         found_rows = np.flatnonzero(by_prompt | by_passage)[:EXAMPLES].tolist()

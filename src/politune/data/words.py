@@ -70,7 +70,7 @@ def runs(
     of = np.repeat(np.arange(len(counts)), counts)
     left = begins[1:][of] - np.arange(len(words))
     hashes = np.zeros(len(words), np.uint64)
-    for step in range(length):
+    for step in range(min(length, len(words))):
         hashes *= np.uint64(STEP)
         hashes[: len(words) - step] += words[step:]
     for text in np.flatnonzero((counts > 0) & (counts < length)):  # few: their one run ends with them

@@ -1,0 +1,139 @@
+"""Near-duplicates: planted copies are found, what is named is above the threshold, and sketches agree as often as they must."""
+
+import random
+from typing import Any
+
+import pytest
+
+from politune.data import neighbours, words
+from politune.data.words import runs, word_hashes
+
+WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in ("n", "r", "st", "lopatika")]
+
+
+def text(draw: random.Random, size: int) -> list[str]:
+    return [draw.choice(WORDS) for _ in range(size)]
+
+
+def jaccard(one: str, other: str) -> float:
+    """By its definition, over runs of three words."""
+    sets = [{tuple(each[at : at + 3]) for at in range(len(each) - 2)} for each in (one.split(), other.split())]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_words_are_hashed_alike_wherever_they_stand() -> None:
+    """Case, punctuation and what is around do not count; one letter more does, at either end and in a long word."""
+    hashes, begins = word_hashes(
+        ["The cat, the-CAT!", "", "Überaus übermäßig", "cats a incomprehensibly incomprehensible"]
+    )
+    assert begins.tolist() == [0, 4, 4, 6, 10]
+    assert hashes[0] == hashes[2]
+    assert hashes[1] == hashes[3]
+    assert len(set(hashes.tolist())) == 8
+
+
+def hashed(word: str) -> int:
+    """A word's hash by its definition, in whole numbers."""
+    data, modulus = word.encode(), 2**64
+    first = int.from_bytes(data[:8], "little") * words.FIRST % modulus
+    last = int.from_bytes(data[-8:], "little") * words.LAST % modulus if len(data) > 8 else 0
+    value = first ^ (len(data) * words.LENGTH % modulus) ^ last
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % modulus
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % modulus
+    return value ^ value >> 31
+
+
+def test_hashes_are_those_of_their_definition() -> None:
+    """On every machine: what is kept or compared across them must not move."""
+    named = ["a", "one", "eightlet", "ninelette", "incomprehensibilities", "größe"]
+    hashes, _ = word_hashes([" ".join(named)])
+    assert hashes.tolist() == [hashed(word) for word in named]
+
+
+def test_runs_stay_within_their_text() -> None:
+    found, of = runs(*word_hashes(["a b c d", "a b", "", "b c d"]), 3)
+    assert of.tolist() == [0, 0, 1, 3]
+    assert found[1] == found[3]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("edits", [1, 4, 12, 40])
+def test_similarity_is_jaccards(edits: int) -> None:
+    draw = random.Random(edits)
+    one = text(draw, 120)
+    other = list(one)
+    for place in draw.sample(range(120), edits):
+        other[place] = draw.choice(WORDS)
+    first, second = " ".join(one), " ".join(other)
+    found = neighbours.similarity(*neighbours.shingles([first, second]))
+    assert found == pytest.approx(jaccard(first, second), abs=1e-9)
+
+
+def planted(count: int, seed: int) -> tuple[list[str], set[tuple[int, int]]]:
+    """Texts of 30 to 200 words, a tenth of them copies of an earlier one with some words changed; which are at 0.8 or more."""
+    draw = random.Random(seed)
+    made = [text(draw, draw.randint(30, 200)) for _ in range(count)]
+    pairs = []
+    for copy in range(count * 9 // 10, count):
+        source = copy - count * 9 // 10
+        made[copy] = [draw.choice(WORDS) if draw.random() < 0.02 else word for word in made[source]]
+        pairs.append((source, copy))
+    texts = [" ".join(each) for each in made]
+    return texts, {pair for pair in pairs if jaccard(texts[pair[0]], texts[pair[1]]) >= neighbours.THRESHOLD}
+
+
+def test_planted_copies_are_found_and_nothing_else() -> None:
+    import numpy as np
+
+    texts, expected = planted(2000, 1)
+    maybe, is_all = neighbours.candidates(neighbours.sketch(texts), np.arange(len(texts)))
+    known = neighbours.shingles(texts)
+    found = {(a, b) for a, b in maybe.tolist() if neighbours.similarity(known[a], known[b]) >= neighbours.THRESHOLD}
+    assert is_all
+    assert len(expected) > 150
+    assert len(found & expected) >= 0.95 * len(expected)
+    assert found <= expected
+
+
+def test_sketches_agree_in_a_bin_as_often_as_texts_are_similar() -> None:
+    """The mean over bins of many pairs at a known similarity; also for texts of fewer runs than bins, which borrow."""
+    import numpy as np
+
+    for size in (300, 40):
+        draw = random.Random(size)
+        agreed, true = [], []
+        for _ in range(200):
+            one = text(draw, size)
+            other = [draw.choice(WORDS) if draw.random() < 0.08 else word for word in one]
+            first, second = " ".join(one), " ".join(other)
+            hashes, of = runs(*word_hashes([first, second]), 3)
+            bins = neighbours._smallest(hashes, of, 2)
+            agreed.append(float((bins[0] == bins[1]).mean()))
+            true.append(jaccard(first, second))
+        assert np.mean(agreed) == pytest.approx(np.mean(true), abs=0.03)
+
+
+def test_too_many_candidates_are_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.setattr(neighbours, "MOST_CANDIDATES", 10)
+    bands = neighbours.sketch(["one two three four five"] * 50)
+    pairs, is_all = neighbours.candidates(bands, np.arange(50))
+    assert (len(pairs), is_all) == (10, False)
+    assert pairs.tolist() == sorted(pairs.tolist())
+
+
+def test_texts_without_words_are_like_nothing() -> None:
+    import numpy as np
+
+    known: list[Any] = neighbours.shingles(["", "...", "a"])
+    assert neighbours.similarity(known[0], known[1]) == 0.0
+    maybe, _ = neighbours.candidates(neighbours.sketch(["", "...", "!"]), np.arange(3))
+    assert len(maybe) == 0
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], ["", "a b"], ["a b", "c"]])
+def test_fewer_words_than_a_run(texts: list[str]) -> None:
+    found, of = runs(*word_hashes(texts), 3)
+    assert of.tolist() == [number for number, each in enumerate(texts) if each]
+    assert len(set(found.tolist())) == len(found)

@@ -1,0 +1,169 @@
+"""A scan gives the same figures whatever the number of processes and the parts; what it was taken from can be read again."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from politune.config import DataSpec
+from politune.data import files, sources
+from politune.data.format import Table, parse_preferences
+from politune.data.scan import COLUMNS, Scan, rows_at, scan
+from politune.errors import ConfigError, DataError
+
+
+def some_rows(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    words = [f"w{number}" for number in range(500)]
+    return [
+        {
+            name: " ".join(draw.choices(words, k=size)) + "."
+            for name, size in (("prompt", 8), ("chosen", 30), ("rejected", 25))
+        }
+        for _ in range(count)
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def scanned(path: Path, direction: str | None = None, **options: Any) -> Scan:
+    source = sources.open_source(DataSpec(dataset_name=str(path), dataset_split=options.pop("split", "train")))
+    return scan(source, options.pop("method", "dpo"), direction, 3, **options)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PART_BYTES", 5000)
+    monkeypatch.setattr(files, "ROWS_OF_A_PART", 30)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """What is written in many parts, and sampled, is the same in one process, in two, and in one part."""
+    path = write(tmp_path / "a.jsonl", some_rows(400))
+    one, two = (scanned(path, sample_rows=50, processes=processes) for processes in (1, 2))
+    assert len(one.parts) > 10
+    assert one.facts.sample == two.facts.sample
+    assert [each.rank for each in one.facts.sample] == sorted(each.rank for each in one.facts.sample)
+    for name in COLUMNS:
+        assert (one[name] == two[name]).all(), name
+    assert one.facts.digest.hex() == two.facts.digest.hex() == sources.load(DataSpec(dataset_name=str(path))).sha256
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_sample_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    rows = some_rows(300)
+    texts = [
+        {each.row.prompt[0]["content"] for each in scanned(write(tmp_path / name, order), sample_rows=40).facts.sample}
+        for name, order in (("a.jsonl", rows), ("b.jsonl", rows[::-1]))
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 40
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.gz", ".json", ".parquet"])
+def test_rows_are_read_again_by_their_numbers(tmp_path: Path, suffix: str) -> None:
+    rows = some_rows(150)
+    measured = scanned(pack(tmp_path, suffix, rows))
+    again = rows_at(measured, [0, 7, 149, 77, 7])
+    assert {number: row.completions[0] for number, row in again.items()} == {
+        number: rows[number]["chosen"] for number in (0, 7, 77, 149)
+    }
+
+
+def pack(place: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
+    import csv
+    import gzip
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    path = place / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=64)
+        return path
+    text = io.StringIO()
+    if ".csv" in suffix:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    elif suffix == ".json":
+        json.dump(rows, text)
+    else:
+        text.write("".join(json.dumps(row) + "\n" for row in rows))
+    content = text.getvalue().encode()
+    if suffix.endswith(".gz"):
+        content = gzip.compress(content)
+    elif suffix.endswith(".zst"):
+        content = pyarrow.Codec("zstd").compress(content, asbytes=True)
+        with pyarrow.output_stream(str(path), compression="zstd") as stream:
+            stream.write(text.getvalue().encode())
+        return path
+    path.write_bytes(content)
+    return path
+
+
+def test_what_changed_since_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", some_rows(20))
+    measured = scanned(path)
+    write(path, some_rows(10))
+    with pytest.raises(DataError, match="changed while it was read"):
+        rows_at(measured, [15])
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_shuffled_sides_are_those_that_a_run_draws(tmp_path: Path) -> None:
+    """Over many parts as over the whole table: the run's placebo, of which a half is swapped."""
+    rows = some_rows(201)
+    path = write(tmp_path / "a.jsonl", rows)
+    measured = scanned(path, "shuffled", processes=1)
+    again = rows_at(measured, range(len(rows)))
+    table = Table(("prompt", "chosen", "rejected"), [dict(row) for row in rows], "a", "")
+    expected = parse_preferences(table, "shuffled", 3)
+    assert [again[number].completions for number in range(len(rows))] == [row.completions for row in expected]
+    assert sum(again[number].completions[0] != row["chosen"] for number, row in enumerate(rows)) == 100
+
+
+def test_splits(tmp_path: Path) -> None:
+    rows = [
+        {**row, "split": split}
+        for row, split in zip(some_rows(4), ("train", "heldout", "train", "heldout"), strict=True)
+    ]
+    rows[3]["prompt"] = rows[0]["prompt"] + " "
+    path = write(tmp_path / "a.jsonl", rows)
+    measured = scanned(path)
+    assert (measured.rows, measured.facts.others) == (2, 2)
+    assert rows_at(measured, [1])[1].completions[0] == rows[2]["chosen"]
+    assert int(measured["keys"][0, 0]) in measured.facts.others_prompts
+    with pytest.raises(DataError, match="no rows of the split 'dev'; it has heldout, train"):
+        scanned(path, split="dev")
+    with pytest.raises(ConfigError, match="no splits to choose 'dev'"):
+        scanned(write(tmp_path / "b.jsonl", some_rows(3)), split="dev")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_text_and_messages_do_not_mix_across_parts(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = some_rows(200)
+    for row in rows[150:]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    with pytest.raises(
+        DataError, match=r"prompt is a list here and text in the first row|hold a list where others hold text"
+    ):
+        scanned(write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_an_error_in_a_late_part_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", some_rows(300))
+    text = path.read_text().split("\n")
+    text[250] = text[250][:-30]
+    path.write_text("\n".join(text))
+    with pytest.raises(DataError, match=r"a.jsonl:251:\d+: malformed JSON"):
+        scanned(path, processes=2)
