@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from politune.data.features import FEATURES, FUNCTION_WORDS, WORD, Text
+from politune.data.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
+from politune.data.workers import one_thread
 from politune.report import Intervals, Lines, Section, Table
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ LEVEL = 0.05
 """Of the family of features: in at most so many sets without a shortcut one is named."""
 Z_95 = 1.959964
 FEWEST_DOCUMENTS = 3
-"""Texts that a word has to stand in to count among the words."""
+"""Texts that a word has to stand in, and rows in which it has to differ, to count among the words."""
 STRENGTH = 0.3
 """C of the logistic regression over words: the inverse of its L2 penalty."""
 FEWEST_EFFECTIVE_ROWS = 50
@@ -160,6 +161,7 @@ def _above_guessing(estimate: Estimate) -> tuple[float, float, float]:
     return tuple(round(100 * each - 50, 2) for each in (estimate.accuracy, estimate.low, estimate.high))  # type: ignore[return-value]
 
 
+@one_thread()
 def examine(pairs: Sequence[Pair]) -> Forensics:
     """The forensics of pairs, whose order and number of processes change nothing.
 
@@ -283,17 +285,26 @@ def _fitted(
         name: (f"has another {name}", _by_category(list(map(of, chosen)), list(map(of, rejected)), folds))
         for name, of in openings.items()
     }
-    vocabularies: dict[str, dict[str, Any]] = {
-        "function words": {"vocabulary": FUNCTION_WORDS},
-        "words": {"min_df": FEWEST_DOCUMENTS},
-        "words and pairs of words": {"min_df": FEWEST_DOCUMENTS, "ngram_range": (1, 2)},
-    }
-    for name, options in vocabularies.items():
-        differences = _differences(chosen, rejected, options)
-        if name == "words":
-            pointed["the most telling word"] = ("has or lacks it", _by_one_word(differences, folds))
-        pointed[name] = (f"has other {name}", _by_words(differences, folds))
+    differences, names = _differences(chosen, rejected)
+    is_pair = [" " in name for name in names]
+    words = _columns(differences, [not pair for pair in is_pair])
+    pointed["function words"] = (
+        "has other function words",
+        _by_words(_columns(differences, [name in FUNCTION_WORD_SET for name in names]), folds),
+    )
+    pointed["the most telling word"] = ("has or lacks it", _by_one_word(words, folds))
+    pointed["words"] = ("has other words", _by_words(words, folds))
+    pointed["words and pairs of words"] = ("has other words and pairs of words", _by_words(differences, folds))
     return pointed, differences
+
+
+def _columns(differences: Any, wanted: Sequence[bool]) -> Any:
+    """Some columns; one of zeros where there is none."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    found = differences[:, np.flatnonzero(wanted)]
+    return found if found.shape[1] else csr_matrix((differences.shape[0], 1), dtype=float)
 
 
 def _edge(character: str) -> str:
@@ -315,17 +326,25 @@ def _by_category(chosen: Sequence[str], rejected: Sequence[str], folds: "NDArray
     return points
 
 
-def _differences(chosen: Sequence[Text], rejected: Sequence[Text], options: dict[str, Any]) -> Any:
-    """Which words stand in the chosen text alone (1) and in the rejected one alone (-1), sparse [rows, words]."""
+def _differences(chosen: Sequence[Text], rejected: Sequence[Text]) -> tuple[Any, list[str]]:
+    """(which words and pairs of words stand in the chosen text alone, 1, and in the rejected one alone, -1, sparse
+    [rows, words]; the words): such as differ in `FEWEST_DOCUMENTS` rows or more."""
+    import numpy as np
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
 
-    counter = CountVectorizer(binary=True, lowercase=True, token_pattern=WORD.pattern, **options)
+    counter = CountVectorizer(
+        binary=True, lowercase=True, token_pattern=WORD.pattern, min_df=FEWEST_DOCUMENTS, ngram_range=(1, 2)
+    )
     try:
         counted = counter.fit_transform([text.raw for text in (*chosen, *rejected)])
     except ValueError:  # no word stands in as many texts
-        return csr_matrix((len(chosen), 1), dtype=float)
-    return (counted[: len(chosen)].astype(float) - counted[len(chosen) :].astype(float)).tocsr()
+        return csr_matrix((len(chosen), 1), dtype=float), [""]
+    differences = (counted[: len(chosen)].astype(float) - counted[len(chosen) :].astype(float)).tocsr()
+    telling = np.flatnonzero(np.asarray(abs(differences).sum(axis=0)).ravel() >= FEWEST_DOCUMENTS)
+    if not len(telling):
+        return csr_matrix((len(chosen), 1), dtype=float), [""]
+    return differences[:, telling], counter.get_feature_names_out()[telling].tolist()
 
 
 def _by_one_word(differences: Any, folds: "NDArray[Any]") -> "NDArray[Any]":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from politune.data.features import FUNCTION_WORDS, WORD
+from politune.data.workers import one_thread
 
 FEWEST_PROMPTS = 50
 MOST_TOPICS = 10
@@ -34,6 +35,7 @@ class Apart:
     there: int
 
 
+@one_thread()
 def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str], bool]:
     """The topic of each prompt; whether the rows named them.
 

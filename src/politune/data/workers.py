@@ -61,3 +61,12 @@ def _leave_signals_to_the_first() -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         with contextlib.suppress(ValueError):
             signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Linear algebra in one thread: on arrays of this size several wait for one another, and round otherwise."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
