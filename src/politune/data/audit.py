@@ -65,7 +65,7 @@ def _measure(
     sample = [each.row for each in facts.sample]
     encoded = encode(sample, tokenizer) if tokenizer is not None else []
     in_tokens = [[len(item.prompt_ids), *map(len, item.completions)] for item in encoded]
-    keys, firsts = _distinct(scan)
+    keys, firsts = distinct(scan)
     similar = find_similar(scan, firsts)
     names, are_named = topic_words.name_topics([_prompt(row) for row in sample], [each.topic for each in facts.sample])
     usable, forensics = _examine(sample)
@@ -128,7 +128,7 @@ def _generator(scan: Scan) -> str | None:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _distinct(scan: Scan) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
+def distinct(scan: Scan) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
     """(a hash of each row's prompt and answers, in their order; the first row with each of them)."""
     import numpy as np
 

@@ -34,8 +34,7 @@ class Similar:
 
 def find_similar(scan: Scan, rows: "NDArray[np.int64]") -> Similar:
     """The near-duplicates among these rows, of which none is another's exact copy."""
-    maybe, is_all = candidates(scan["bands"], rows[scan["reason"][rows] != 1])
-    found, scores = _verified(maybe, _shingles_at(scan, maybe))
+    found, scores, is_all = similar_pairs(scan, rows)
     if not len(found):
         return Similar(is_all=is_all)
     import numpy as np
@@ -44,6 +43,12 @@ def find_similar(scan: Scan, rows: "NDArray[np.int64]") -> Similar:
     across = int((prompts[found[:, 0]] != prompts[found[:, 1]]).sum())
     best = found[int(np.argmax(scores))].tolist()
     return Similar(len(found), len(np.unique(found)), across, is_all, (best[1], best[0]))
+
+
+def similar_pairs(scan: Scan, rows: "NDArray[np.int64]") -> tuple["NDArray[np.int64]", "NDArray[np.float64]", bool]:
+    """(pairs of row numbers, [pairs, 2]; their similarities; whether all candidates were compared)."""
+    maybe, is_all = candidates(scan["bands"], rows[scan["reason"][rows] != 1])
+    return *_verified(maybe, _shingles_at(scan, maybe)), is_all
 
 
 def find_similar_between(one: Scan, other: Scan) -> int:
