@@ -58,7 +58,9 @@ class Agreement:
         return f"{said}; kappa {self.kappa:.2f} [{self.low:.2f}, {self.high:.2f}]: at the least {word}"
 
 
-def agree(question: str, other: str, allowed: Sequence[Value], rows: Sequence[Sequence[Pair]], seed: int = 0) -> Agreement:
+def agree(
+    question: str, other: str, allowed: Sequence[Value], rows: Sequence[Sequence[Pair]], seed: int = 0
+) -> Agreement:
     """Compares two annotators.
 
     Args:
@@ -81,7 +83,9 @@ def agree(question: str, other: str, allowed: Sequence[Value], rows: Sequence[Se
     kappa = float(_kappas(whole[None], size)[0])
     low, high = _interval(tables, size, seed) if len(rows) >= LEAST_ROWS else (None, None)
     counts = whole.reshape(size, size).astype(int).tolist()
-    merged = [[*row[:-2], row[-2] + row[-1]] for row in [*counts[:-2], [a + b for a, b in zip(*counts[-2:], strict=True)]]]
+    merged = [
+        [*row[:-2], row[-2] + row[-1]] for row in [*counts[:-2], [a + b for a, b in zip(*counts[-2:], strict=True)]]
+    ]
     pairs_n = int(whole.sum())
     return Agreement(
         question, other, len(rows), pairs_n, sum(None in pair for row in rows for pair in row),
@@ -92,8 +96,10 @@ def agree(question: str, other: str, allowed: Sequence[Value], rows: Sequence[Se
 
 
 def _kappas(tables: Any, size: int) -> Any:
-    """Of each flattened table, [n, size * size]: (observed - expected) / (1 - expected) (Cohen 1960, Educational and Psychological
-    Measurement 20(1), 37-46); not a number where the expected agreement is 1."""
+    """Of each flattened table, [n, size * size]: (observed - expected) / (1 - expected), not a number where 1 is expected.
+
+    Cohen 1960, Educational and Psychological Measurement 20(1), 37-46.
+    """
     import numpy
 
     square = tables.reshape(-1, size, size)

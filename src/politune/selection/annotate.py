@@ -111,7 +111,10 @@ class AnnotationReport:
             found.append(Table(column, ("answer", "rows", "share"), rows[:MOST_LABELS]))
         found += _crossed_table(self.crossed)
         found += [_confusion(each) for each in self.agreement]
-        return [*found, Lines("", ("A model's labels are a model's: it has a lean of its own, and so has the rubric.",))]
+        return [
+            *found,
+            Lines("", ("A model's labels are a model's: it has a lean of its own, and so has the rubric.",)),
+        ]
 
 
 def _shown(value: Value | None) -> str:
@@ -125,7 +128,9 @@ def _crossed_table(crossed: Sequence[tuple[Value | None, str, Value | None, int]
     heads = list(dict.fromkeys((column, value) for _, column, value, _ in crossed))
     cells = {(label, column, value): count for label, column, value, count in crossed}
     labels = list(dict.fromkeys(label for label, *_ in crossed))
-    rows = tuple((_shown(label), *(cells.get((label, *head), 0) for head in heads)) for label in labels)
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (_shown(label), *(cells.get((label, *head), 0) for head in heads)) for label in labels
+    )
     names = tuple(f"{column} {_shown(value)}" for column, value in heads)
     return [Table("Answers by label", ("label", *names), rows[:MOST_LABELS])]
 
@@ -133,7 +138,9 @@ def _crossed_table(crossed: Sequence[tuple[Value | None, str, Value | None, int]
 def _confusion(found: Agreement) -> Section:
     used = [place for place in range(len(found.labels))
             if any(found.counts[place]) or any(row[place] for row in found.counts)]  # fmt: skip
-    rows = tuple((found.labels[one], *(found.counts[one][two] for two in used)) for one in used)
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (found.labels[one], *(found.counts[one][two] for two in used)) for one in used
+    )
     title = f"{found.question}: {found.other} (lines) and the model (columns)"
     return Table(title, ("", *(found.labels[place] for place in used)), rows, found.verdict)
 
@@ -202,7 +209,7 @@ def annotate(
         annotations, kept = _ask(questions, found, requests, who, settings, replies, say)
         agreements = _agreements(questions, found, annotations, labels, other, seed)
         result = _summary(
-            questions, found, annotations, kept, agreements, document=document, asking=asking, output=output, who=who,
+            questions, found, annotations, kept, agreements, direction=direction, asking=asking, output=output, who=who,
             unmatched=labels.unmatched if labels else 0,
         )  # fmt: skip
         _write(result, annotations, found, columns, output)
@@ -286,12 +293,19 @@ def _read_other(directory: Path, questions: Rubric) -> _Other:
         return _Other(str(document.get("name")), {row["sha256"]: dict(row["answers"]) for row in rows})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"cannot read {safe(directory / ANNOTATIONS)}", why=getattr(error, "strerror", None), fix="annotate it again"
+            f"cannot read {safe(directory / ANNOTATIONS)}",
+            why=getattr(error, "strerror", None),
+            fix="annotate it again",
         ) from error
 
 
 def _agreements(
-    questions: Rubric, data: Data, annotations: Sequence[Annotation], labels: Labels | None, other: _Other | None, seed: int
+    questions: Rubric,
+    data: Data,
+    annotations: Sequence[Annotation],
+    labels: Labels | None,
+    other: _Other | None,
+    seed: int,
 ) -> tuple[Agreement, ...]:
     found = []
     for question in questions.questions:
@@ -320,14 +334,14 @@ def _agreement(question: Question, other: str, pairs: Sequence[Sequence[Pair]], 
 
 def _summary(
     questions: Rubric, data: Data, annotations: Sequence[Annotation], kept: dict[Request, Kept],
-    agreements: tuple[Agreement, ...], *, document: Mapping[str, Any], asking: Asking, output: Path, who: Answering, unmatched: int,
+    agreements: tuple[Agreement, ...], *, direction: str | None, asking: Asking, output: Path, who: Answering, unmatched: int,
 ) -> AnnotationReport:  # fmt: skip
     columns = rubric.columns(questions, data.sides)
     counts = tuple((name, _counts(question, [each.answers[name] for each in annotations]))
                    for name, question in columns.items())  # fmt: skip
     return AnnotationReport(
         data=data.name, data_sha256=data.sha256, model=who.name, rubric=questions.name, rubric_sha256=questions.sha256,
-        direction=document["direction"], rows=len(annotations), of=data.total,
+        direction=direction, rows=len(annotations), of=data.total,
         distinct=len({sha256_of_json([each.request, sorted(each.texts.values())]) for each in data.judged}),
         unparsed=sum(bool(each.complaint) for each in annotations), retried=sum(len(each.raw) > 1 for each in annotations),
         counts=counts, crossed=_crossed(questions, columns, annotations), spent=answering.spent(kept, asking),
@@ -362,11 +376,13 @@ def _crossed(
 
 
 def _write(
-    result: AnnotationReport, annotations: Sequence[Annotation], data: Data, columns: Mapping[str, Question], output: Path
+    result: AnnotationReport,
+    annotations: Sequence[Annotation],
+    data: Data,
+    columns: Mapping[str, Question],
+    output: Path,
 ) -> None:
-    rows = (
-        _annotated(row, each, columns, data.rows) for row, each in zip(data.rows, annotations, strict=True)
-    )
+    rows = (_annotated(row, each, columns, data.rows) for row, each in zip(data.rows, annotations, strict=True))
     try:
         write_whole(output / ANNOTATIONS, "".join(_line(each.__dict__) for each in annotations))
         write_whole(output / ANNOTATED, "".join(map(_line, rows)))
@@ -377,7 +393,10 @@ def _write(
 
 
 def _annotated(
-    row: Mapping[str, object], annotation: Annotation, columns: Mapping[str, Question], rows: Sequence[Mapping[str, object]]
+    row: Mapping[str, object],
+    annotation: Annotation,
+    columns: Mapping[str, Question],
+    rows: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
     """A row with its columns and the model's; what the row says itself is never written over."""
     taken = set(rows[0]) | set(row)

@@ -49,7 +49,12 @@ class Answering(Protocol):
     """A model that answers."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As reports have it."""
+
+    @property
+    def generator(self) -> str:
+        """As data have it that it wrote: the model, wherever it was asked."""
 
     def identity(self) -> dict[str, Any]:
         """All that its answers depend on, for the papers; no key is in it."""
@@ -78,6 +83,10 @@ class LocalModel:
         if self.subject.adapter is None:
             return self.base.public_name
         return f"{self.base.public_name}, tuned (declared direction: {self.subject.direction})"
+
+    @property
+    def generator(self) -> str:
+        return self.name
 
     def identity(self) -> dict[str, Any]:
         if self._identity is None:
@@ -140,7 +149,9 @@ def who(asking: Asking, say: Say, *, limits: endpoint.Limits | None = None, dry_
     _check(asking)
     if asking.url is not None:
         given = asking.endpoint_model or ""
-        return endpoint.connect(asking.url, given, key_env=asking.key_env, concurrency=asking.concurrency, limits=limits)
+        return endpoint.connect(
+            asking.url, given, key_env=asking.key_env, concurrency=asking.concurrency, limits=limits
+        )
     try:
         return LocalModel(asking.model or "", offline=asking.offline or dry_run, say=say)
     except HubError:
@@ -161,7 +172,9 @@ def _check(asking: Asking) -> None:
             raise ConfigError(f"{price:g} is no price of a million tokens", where=name)
 
 
-def answer(requests: Sequence[Request], who: Answering, settings: Settings, replies: Replies, say: Say) -> dict[Request, Kept]:
+def answer(
+    requests: Sequence[Request], who: Answering, settings: Settings, replies: Replies, say: Say
+) -> dict[Request, Kept]:
     """A reply to every request: those there are, those of the cache, and the rest from who answers, kept as they come.
 
     Raises:
@@ -250,10 +263,12 @@ def cost(
     local = who if isinstance(who, LocalModel) else None
     prompt_tokens = sum(local.tokens(each.prompt) if local else _estimated(each.prompt) for each in missing)
     each_answer = local.count(usual_answer) if local else _estimated(usual_answer)
-    answer_tokens, most = (len(missing) * min(n, settings.max_new_tokens) for n in (each_answer, settings.max_new_tokens))
+    answer_tokens, most = (
+        len(missing) * min(n, settings.max_new_tokens) for n in (each_answer, settings.max_new_tokens)
+    )
     return Cost(
-        who.name if who else asking.model or "", what, of, len(distinct), len(distinct) - len(missing), prompt_tokens, answer_tokens,
-        most, local is not None, money(asking, prompt_tokens, answer_tokens), money(asking, prompt_tokens, most),
+        who.name if who else asking.model or "", what, of, len(distinct), len(distinct) - len(missing), prompt_tokens,
+        answer_tokens, most, local is not None, money(asking, prompt_tokens, answer_tokens), money(asking, prompt_tokens, most),
     )  # fmt: skip
 
 
@@ -270,7 +285,7 @@ def money(asking: Asking, prompt_tokens: int, answer_tokens: int) -> float | Non
 
 @dataclass(frozen=True)
 class Spent:
-    """What replies cost: those from the cache cost nothing. Tokens as counted by who answered, estimated where it does not say."""
+    """What replies cost, those from the cache nothing. Tokens as who answered counts them, estimated where it does not say."""
 
     requests: int
     from_cache: int

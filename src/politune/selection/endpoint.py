@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,10 @@ class Endpoint:
     def name(self) -> str:
         return f"{self.model} at {self.url}"
 
+    @property
+    def generator(self) -> str:
+        return self.model
+
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, as far as one can know from here."""
         return {"endpoint": self.url, "model": self.model}
@@ -173,7 +178,13 @@ def _check_address(url: str) -> bool:
 def _key(key_env: str | None, is_near: bool) -> str | None:
     if key_env == NO_KEY or (key_env is None and is_near):
         return None
-    name = key_env or DEFAULT_KEY
+    name = DEFAULT_KEY if key_env is None else key_env
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):  # perhaps the key itself: not repeated
+        raise ConfigError(
+            "this is no name of an environment variable",
+            where="--key-env",
+            fix="put the key into one, and name it in capitals",
+        )
     if name not in errors.LOGINS:
         errors.LOGINS.append(name)
     key = os.environ.get(name, "").strip()
@@ -263,13 +274,13 @@ class _Pool:
 
     def _ask(self, client: Any, request: Request) -> Reply:
         """One request until it is answered, or patience is at its end."""
-        silent = 0
+        silent, why = 0, ""
         for pause in (*self.limits.pauses, None):
             self._wait()
             outcome = self._try(client, request)
             if isinstance(outcome, Reply):
                 return outcome
-            silent += outcome.is_silence
+            silent, why = silent + outcome.is_silence, outcome.why
             if pause is None or silent >= self.limits.silent_tries:
                 break
             if outcome.wait is not None:
@@ -278,7 +289,7 @@ class _Pool:
             self._sleep(pause if outcome.wait is None else outcome.wait)
         raise HubError(
             f"{safe(self.endpoint.url)} does not answer",
-            why=outcome.why,
+            why=why,
             fix="what was answered is kept: run the same command again later, with a smaller --concurrency if it was too much",
         )
 
@@ -336,7 +347,9 @@ class _Pool:
         said = self._complaint(content)
         if status in BUSY:
             if status == 429 and "insufficient_quota" in content.decode("utf-8", "replace"):
-                raise HubError("the endpoint says that its quota is spent", why=said, fix="run it again when there is some")
+                raise HubError(
+                    "the endpoint says that its quota is spent", why=said, fix="run it again when there is some"
+                )
             wait = _seconds(headers.get("retry-after", ""))
             return _Later(f"it answers {status}" + (f": {said}" if said else ""), wait=wait)
         if 300 <= status < 400:
@@ -406,7 +419,7 @@ class _Pool:
         return HubError(f"{safe(self.endpoint.url)} does not answer", fix="run the same command again later")
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: another thread met one
+class _Stopped(Exception):
     """The other threads are to end."""
 
 

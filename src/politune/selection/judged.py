@@ -40,7 +40,14 @@ class Data:
 
 
 def load(
-    name: str, direction: Direction | None, *, revision: str | None, split: str, seed: int, limit: int | None, offline: bool
+    name: str,
+    direction: Direction | None,
+    *,
+    revision: str | None,
+    split: str,
+    seed: int,
+    limit: int | None,
+    offline: bool,
 ) -> Data:
     """Reads a data set.
 
@@ -104,10 +111,10 @@ class Labels:
 
 
 def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labels:
-    """Hand labels from a file with a column `row` (from 1) or `id`, and some of the annotation's columns; empty cells are no label.
+    """Hand labels from a file with a column `row` (from 1) or `id` and some of the annotation's columns; empty cells are none.
 
     Raises:
-        DataError: it is malformed, or has no such columns, a label that the rubric does not allow, a row twice, or no row of these.
+        DataError: it is malformed, has no such columns, a label that the rubric does not allow, a row twice, or no row of these.
     """
     where = safe(path, None)
     if path.suffix.lower() not in READABLE or not path.is_file():
@@ -136,7 +143,9 @@ def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labe
         found[place] = {column: _label(row[column], columns[column], column, at) for column in known
                         if row.get(column) not in (None, "")}  # fmt: skip
     if not any(found.values()):
-        raise DataError(f"labels none of these rows: no {key} of it is one of theirs, or its cells are empty", where=where)
+        raise DataError(
+            f"labels none of these rows: no {key} of it is one of theirs, or its cells are empty", where=where
+        )
     return Labels(path.name, found, unmatched)
 
 
@@ -146,7 +155,8 @@ def _places(data: Data) -> dict[str, int]:
         name = str(row.get("id")).strip()
         if name in found and row.get("id") not in (None, ""):
             raise DataError(
-                f"the id {safe(name)} stands twice in {safe(data.name)}", fix="name the labelled rows by their number, in a column row"
+                f"the id {safe(name)} stands twice in {safe(data.name)}",
+                fix="name the labelled rows by their number, in a column row",
             )
         found[name] = place
     return found
@@ -160,4 +170,3 @@ def _label(value: object, question: Question, column: str, where: str) -> Value:
         fix = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(texts)}"
         raise DataError(f"{column} = {safe(value, 60)} is no answer of the rubric", where=where, fix=fix)
     return allowed
-

@@ -1,8 +1,8 @@
 """What a model is asked about a row, how it is put, and how its answer is read: never guessed.
 
-The answers of a row are shown as A and B in an order that their texts alone decide. So nothing in a prompt says which one is chosen
-or rejected, left or right; the same pair is the same prompt whichever way round a data set has it; and a liking for the first
-answer falls on both sides alike.
+The answers of a row are shown as A and B in an order that their texts alone decide. So nothing in a prompt says which one is
+chosen or rejected, left or right; the same pair is the same prompt whichever way round a data set has it; and a liking for the
+first answer falls on both sides alike.
 """
 
 import difflib
@@ -229,7 +229,9 @@ def load(name: str = DEFAULT) -> Rubric:
         ConfigError: there is none, or it breaks the schema, with its line.
     """
     if "/" not in name and not name.endswith(".toml"):
-        shipped = sorted(e.name.removesuffix(".toml") for e in resources.files(__package__).joinpath("rubrics").iterdir())
+        shipped = sorted(
+            e.name.removesuffix(".toml") for e in resources.files(__package__).joinpath("rubrics").iterdir()
+        )
         if name not in shipped:
             raise ConfigError(
                 f"unknown rubric {safe(name)!r}",
@@ -278,7 +280,9 @@ def _sentence(finding: Mapping[str, Any]) -> tuple[str, str | None]:
         leaf = str(finding["loc"][-1])
         guess = difflib.get_close_matches(leaf, known, 1, 0.6)
         return f"unknown key {safe(key)}", f"did you mean {guess[0]}?" if guess else f"known: {', '.join(known)}"
-    message = str(finding["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("valid ", "")
+    message = (
+        str(finding["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("valid ", "")
+    )
     return f"{safe(key or 'the rubric')}: {safe(message)}", None
 
 
