@@ -343,7 +343,8 @@ def _finish(
             equal += 1
             continue
         rows.append({
-            "id": draft.id, "topic": draft.topic.name, "axis": draft.topic.axis, "prompt": draft.request, "left": texts["left"], "right": texts["right"],
+            "id": draft.id, "topic": draft.topic.name, "axis": draft.topic.axis, "prompt": draft.request,
+            "left": texts["left"], "right": texts["right"],
             "generator": who.generator, "synthetic": True,
         })  # fmt: skip
     lengths = {side: [len(str(row[side]).split()) for row in rows] for side in SIDES}
