@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.stand_in_endpoint import Answer, StandIn, completion, refusal
 
 from politune import errors
 from politune.errors import ConfigError, HubError, MachineError, ModelError, PolituneError
 from politune.selection import endpoint
 from politune.selection.endpoint import Limits, Reply, Request, Settings
+from unit.stand_in_endpoint import Answer, StandIn, completion, refusal
 
 KEY = "sk-canary-0123456789abcdef"
 QUICK = Limits(answer_seconds=2.0, answer_bytes=100_000, pauses=(0.01, 0.02), longest_wait=2.0)
@@ -70,9 +70,11 @@ def test_what_may_pass_is_tried_again(status: int) -> None:
 
 @pytest.mark.parametrize("status", [429, 500])
 def test_patience_ends(status: int) -> None:
-    with StandIn(lambda prompt, before: refusal(status, "come back later")) as server:
-        with pytest.raises(HubError, match="come back later") as caught:
-            ask(server.url, "a")
+    with (
+        StandIn(lambda prompt, before: refusal(status, "come back later")) as server,
+        pytest.raises(HubError, match="come back later") as caught,
+    ):
+        ask(server.url, "a")
     assert len(server.bodies) == 1 + len(QUICK.pauses)
     assert caught.value.exit_code == 6
 
@@ -96,28 +98,37 @@ def test_without_retry_after_the_wait_is_short() -> None:
 
 
 def test_a_wait_of_an_hour_is_not_waited_for() -> None:
-    with StandIn(lambda prompt, before: refusal(429, Retry_After="3600")) as server:
-        with pytest.raises(HubError, match="3,600 seconds"):
-            ask(server.url, "a")
+    with (
+        StandIn(lambda prompt, before: refusal(429, Retry_After="3600")) as server,
+        pytest.raises(HubError, match="3,600 seconds"),
+    ):
+        ask(server.url, "a")
     assert len(server.bodies) == 1
 
 
 def test_a_spent_quota_is_not_tried_again() -> None:
     body = b'{"error": {"message": "You have no money left", "code": "insufficient_quota"}}'
-    with StandIn(lambda prompt, before: Answer(429, body)) as server:
-        with pytest.raises(HubError, match="no money left"):
-            ask(server.url, "a")
+    with StandIn(lambda prompt, before: Answer(429, body)) as server, pytest.raises(HubError, match="no money left"):
+        ask(server.url, "a")
     assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize(
     ("status", "kind", "code"),
-    [(401, MachineError, 5), (403, MachineError, 5), (404, ModelError, 4), (400, ConfigError, 2), (422, ConfigError, 2)],
+    [
+        (401, MachineError, 5),
+        (403, MachineError, 5),
+        (404, ModelError, 4),
+        (400, ConfigError, 2),
+        (422, ConfigError, 2),
+    ],
 )
 def test_what_will_not_pass_is_said_at_once(status: int, kind: type[PolituneError], code: int) -> None:
-    with StandIn(lambda prompt, before: refusal(status, f"\x1b[31mno, says {KEY}")) as server:
-        with pytest.raises(kind) as caught:
-            ask(server.url, "a", key=KEY)
+    with (
+        StandIn(lambda prompt, before: refusal(status, f"\x1b[31mno, says {KEY}")) as server,
+        pytest.raises(kind) as caught,
+    ):
+        ask(server.url, "a", key=KEY)
     assert len(server.bodies) == 1
     assert caught.value.exit_code == code
     assert "no, says ***" in str(caught.value)
@@ -143,11 +154,15 @@ def test_nothing_that_was_in_flight_is_lost() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>Log in</html>", b"{}", b'{"choices": []}', b'{"choices": [3]}', b"[" * 100_000, b"\xff\xfe", b'{"choices": {"0": 1}}',
+    [b"<html>Log in</html>", b"{}", b'{"choices": []}', b'{"choices": [3]}',
+     b"[" * 100_000, b"\xff\xfe", b'{"choices": {"0": 1}}',
      b'{"choices": [{"message": {"content": 3}}]}'],
 )  # fmt: skip
 def test_what_is_no_answer_is_tried_again_and_given_up(body: bytes) -> None:
-    with StandIn(lambda prompt, before: Answer(body=body)) as server, pytest.raises(HubError, match="no answer to a chat"):
+    with (
+        StandIn(lambda prompt, before: Answer(body=body)) as server,
+        pytest.raises(HubError, match="no answer to a chat"),
+    ):
         ask(server.url, "a")
     with StandIn(lambda prompt, before: Answer(body=body) if before == 0 else "well") as server:
         assert ask(server.url, "a")[0].text == "well"
@@ -164,9 +179,11 @@ def test_lone_surrogates_can_be_written_afterwards(tmp_path: Path) -> None:
 
 
 def test_a_huge_answer_is_cut_off() -> None:
-    with StandIn(lambda prompt, before: Answer(body=b"x" * 10_000_000)) as server:
-        with pytest.raises(HubError, match="more than 100,000 bytes"):
-            ask(server.url, "a")
+    with (
+        StandIn(lambda prompt, before: Answer(body=b"x" * 10_000_000)) as server,
+        pytest.raises(HubError, match="more than 100,000 bytes"),
+    ):
+        ask(server.url, "a")
 
 
 @pytest.mark.parametrize("drip", [True, False], ids=["a drip", "silence"])
@@ -175,7 +192,7 @@ def test_an_answer_that_does_not_end_is_given_up(drip: bool) -> None:
     answer = Answer(body=b" " * 10_000, at_a_time=1, pause=0.1) if drip else Answer(body=b"", length=10)
     limits = Limits(answer_seconds=0.5, pauses=(0.01, 0.01, 0.01), silent_tries=2)
     started = time.monotonic()
-    with StandIn(lambda prompt, before: answer) as server, pytest.raises(HubError, match="no answer within|broke"):
+    with StandIn(lambda prompt, before: answer) as server, pytest.raises(HubError, match=r"no answer within|broke"):
         ask(server.url, "a", limits=limits)
     assert time.monotonic() - started < 5
     assert len(server.bodies) <= 4
@@ -211,8 +228,9 @@ def test_a_closed_port_is_said_at_once() -> None:
 def test_a_redirect_is_not_followed() -> None:
     with StandIn(lambda prompt, before: "stolen") as thief:
         with StandIn(lambda prompt, before: refusal(307, Location=thief.url + "/chat/completions")) as server:
-            with pytest.raises(ConfigError, match="redirects to 127.0.0.1"):
+            with pytest.raises(ConfigError) as failed:
                 ask(server.url, "a", key=KEY)
+        assert "redirects to 127.0.0.1" in str(failed.value)
         assert thief.headers == []
         assert "Authorization" in server.headers[0], "the control: the key went where it belongs"
         assert ask(thief.url, "a")[0].text == "stolen", "the control: the other server does answer"
@@ -240,7 +258,9 @@ def test_this_machine_needs_no_key_and_gets_none(url: str, monkeypatch: pytest.M
     assert connect("http://127.0.0.1:1/v1/chat/completions/").url == "http://127.0.0.1:1/v1"
 
 
-@pytest.mark.parametrize("host", ["example.org", "localhost.example.org", "127.0.0.1.example.org", "10.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize(
+    "host", ["example.org", "localhost.example.org", "127.0.0.1.example.org", "10.0.0.1", "0.0.0.0"]
+)
 def test_a_key_does_not_cross_the_network_in_clear(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(ConfigError, match="not encrypted") as caught:
@@ -251,7 +271,7 @@ def test_a_key_does_not_cross_the_network_in_clear(host: str, monkeypatch: pytes
 
 
 def test_a_missing_key_is_a_missing_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MachineError, match="OPENAI_API_KEY.*--key-env none"):
+    with pytest.raises(MachineError, match=r"OPENAI_API_KEY.*--key-env none"):
         connect("https://example.org/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
     with pytest.raises(ConfigError, match="is no key") as caught:

@@ -207,6 +207,7 @@ class _Pool:
         self.waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[Replied | PolituneError | Exception | None] = queue.SimpleQueue()
         self.stop = threading.Event()
+        self.slots = threading.Semaphore(endpoint.concurrency)
         self.asked_at: dict[int, float] = {}
         self.resume_at = 0.0
         self.limit_name = "max_tokens"
@@ -215,8 +216,9 @@ class _Pool:
         for request in requests:
             self.waiting.put(request)
         workers = min(self.endpoint.concurrency, len(requests))
+        client = self._client()
         for _ in range(workers):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, args=(client,), daemon=True).start()
         failure: Exception | None = None
         try:
             while workers:
@@ -227,9 +229,12 @@ class _Pool:
                     failure = failure or found
                     self.stop.set()
                 else:
-                    yield [found]
+                    yield [found]  # whoever takes it keeps it before it takes the next one
+                    self.slots.release()
         finally:
             self.stop.set()
+            self.slots.release(self.endpoint.concurrency)
+            client.close()
         if failure is not None:
             raise failure
 
@@ -243,16 +248,18 @@ class _Pool:
                 if any(time.monotonic() - since > most for since in tuple(self.asked_at.values())):
                     raise self._silent() from None
 
-    def _work(self) -> None:
+    def _work(self, client: Any) -> None:
         try:
-            with self._client() as client:
-                while not self.stop.is_set():
-                    request = self.waiting.get_nowait()
-                    self.done.put((request, self._ask(client, request)))
+            while True:
+                self.slots.acquire()  # no more answers are under way, or not kept yet, than there are slots
+                if self.stop.is_set():
+                    break
+                request = self.waiting.get_nowait()
+                self.done.put((request, self._ask(client, request)))
         except queue.Empty:
             pass
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits for it
-            if not (self.stop.is_set() and isinstance(error, _Stopped)):
+            if not isinstance(error, _Stopped):
                 self.done.put(error)
         finally:
             self.done.put(None)
@@ -270,6 +277,7 @@ class _Pool:
             follow_redirects=False,  # to whom would the key go?
             trust_env=not is_near,  # a proxy cannot reach this machine's own addresses
             timeout=httpx.Timeout(seconds, connect=min(10.0, seconds)),
+            limits=httpx.Limits(max_connections=self.endpoint.concurrency),
         )
 
     def _ask(self, client: Any, request: Request) -> Reply:

@@ -24,10 +24,11 @@ from politune.errors import ConfigError, read_within, safe
 Value: TypeAlias = str | int
 DEFAULT = "political"
 MAX_RUBRIC_BYTES = 64 * 1024
-MOST_CHARACTERS = 50_000
+MOST_CHARACTERS = 20_000
 """Of an answer that is read; one of the form that is asked for has some hundred."""
 _NAME = r"^[a-z][a-z0-9_]{0,31}$"
 _LETTERS = ("A", "B")
+_MARKS = re.compile(r"</?\s*(?:request|answer(?:_[AB])?)\s*>", re.IGNORECASE)
 Short = Annotated[str, Field(min_length=1, max_length=4000)]
 
 
@@ -153,9 +154,9 @@ def _keys(question: Question, letters: Sequence[str]) -> list[str]:
 
 
 def _quoted(name: str, text: str) -> str:
-    """A text between marks that it cannot close by itself."""
+    """A text between marks that it cannot close, or open, by itself."""
     tag = name.replace(" ", "_")
-    inner = re.sub(rf"</?\s*{tag}\s*>", " ", text, flags=re.IGNORECASE)
+    inner = _MARKS.sub(" ", text)
     return f"<{tag}>\n{inner}\n</{tag}>"
 
 
@@ -267,7 +268,10 @@ def parse(text: str, source: str) -> Rubric:
 
 def _refused(error: ValidationError, text: str, source: str) -> ConfigError:
     """Pydantic's findings as one error: the first in full, the others named."""
-    sentences = [(_place(finding["loc"], text, source), *_sentence(finding)) for finding in error.errors()]
+    # An unknown key explains what is missing, and a question that is refused is missing from its list, too.
+    findings = sorted(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
+    findings = [each for each in findings if each["type"] != "too_short"] or findings
+    sentences = [(_place(finding["loc"], text, source), *_sentence(finding)) for finding in findings]
     where, what, fix = sentences[0]
     return ConfigError(what + "".join(f"\n{w}: {s}" for w, s, _ in sentences[1:]), where=where, fix=fix)
 
