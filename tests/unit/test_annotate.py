@@ -336,6 +336,11 @@ def test_killed_at_any_moment_nothing_is_asked_twice(place: Path) -> None:
             assert [times[prompt] for prompt in server.prompts[asked : asked + stop]] == [1] * stop
             assert len(times) == 6
             assert sum(times.values()) == 6 + 1, "the one that was answered and not kept"
+            asked = len(server.bodies)
+            for file in (place / "cache" / "replies").iterdir():
+                file.unlink()
+            run(data, server.url, output=f"stopped-{stop}", concurrency=1)
+            assert len(server.bodies) == asked, "what was written behind half a line is found"
             for name in ("annotated.jsonl", "annotations.jsonl"):
                 assert (place / f"stopped-{stop}" / name).read_bytes() == (place / "whole" / name).read_bytes()
 
