@@ -14,9 +14,9 @@ from politune.data import sources
 from politune.data.format import to_preference_rows
 from politune.errors import ConfigError, DataError, HubError, MachineError, OutputError
 from politune.selection import annotate, judged, rubric
-from politune.selection.annotate import AnnotationReport
 from politune.selection.answering import Asking, Cost
 from politune.selection.endpoint import Limits
+from politune.selection.results import AnnotationReport
 from unit.stand_in_endpoint import LEFT, RIGHT, StandIn, judge, labels, refusal
 
 KEY = "sk-canary-0123456789abcdef"
@@ -219,6 +219,7 @@ def test_rows_get_their_columns(place: Path) -> None:
     assert "Here you are" in annotations[0]["raw"][0]
     assert dict(found.counts)["topic"][0] == ("taxes", 3)
     assert ("housing", "stance_chosen", "left", 3) in found.crossed
+    assert "topic: most often taxes (50.0%); 2 of 20 answers given" in found.verdicts
     assert (found.unparsed, found.retried, found.spent.requests, found.spent.prompt_tokens) == (0, 0, 6, 600)
     papers = json.loads((place / "out" / "papers.json").read_text())
     assert papers["who"] == {"endpoint": server.url, "model": "tiny"}

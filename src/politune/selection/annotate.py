@@ -11,21 +11,19 @@ from politune import report
 from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.lean import papers
 from politune.record import read_json, sha256_of_json
-from politune.report import Cell, Facts, Lines, Section, Table
 from politune.selection import answering, judged, rubric
 from politune.selection.agreement import Agreement, Pair, agree
-from politune.selection.answering import Answering, Asking, Cost, Spent
+from politune.selection.answering import Answering, Asking, Cost
 from politune.selection.endpoint import Limits, Request, Settings
 from politune.selection.judged import Data, Direction, Labels
 from politune.selection.replies import JOURNAL, Kept, Replies
+from politune.selection.results import AnnotationReport
 from politune.selection.rubric import Question, Rubric, Value
 from politune.writing import write_whole
 
 PAPERS, ANNOTATIONS, ANNOTATED = "papers.json", "annotations.jsonl", "annotated.jsonl"
 MOST_NEW_TOKENS = 300
 """Of an answer; reasoning models need more."""
-FEW_UNPARSED = 0.05
-MOST_LABELS = 40
 
 Answers = Mapping[str, Value | None]
 
@@ -49,100 +47,6 @@ class Annotation:
     raw: tuple[str, ...]
     complaint: str
     model: str
-
-
-@dataclass(frozen=True)
-class AnnotationReport:
-    """A data set as a model sees it.
-
-    Args:
-        counts: how often each answer was given, by column; None is what could not be read.
-        crossed: the first question about rows by the first about answers: label, column, answer, rows.
-        unparsed: rows that could not be read whole, `retried` rows that were asked once more.
-        agreement: with hand labels or with another annotation, by question.
-    """
-
-    data: str
-    data_sha256: str
-    model: str
-    rubric: str
-    rubric_sha256: str
-    direction: str | None
-    rows: int
-    of: int
-    distinct: int
-    unparsed: int
-    retried: int
-    counts: tuple[tuple[str, tuple[tuple[Value | None, int], ...]], ...]
-    crossed: tuple[tuple[Value | None, str, Value | None, int], ...]
-    spent: Spent
-    agreement: tuple[Agreement, ...]
-    unmatched_labels: int
-    output: str
-
-    @property
-    def headline(self) -> str:
-        part = "" if self.rows == self.of else f" of {self.of:,}"
-        return f"{self.data}: {self.rows:,}{part} rows answered by {self.model}"
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        share = self.unparsed / self.rows
-        few = "few" if share <= FEW_UNPARSED else "many: this model does not follow the rubric, take another"
-        said = [f"unparsed: {self.unparsed:,} of {self.rows:,} rows ({share:.1%}), {few}"]
-        if self.rows < self.of:
-            said.append(f"the first {self.rows:,} of {self.of:,} rows only (--limit)")
-        said += [each.verdict for each in self.agreement]
-        if not self.agreement:
-            said.append("agreement: not known; label some rows by hand and give them with --gold")
-        return tuple(said)
-
-    def sections(self) -> Sequence[Section]:
-        facts: list[tuple[str, Cell]] = [
-            ("rows", f"{self.rows:,} of {self.of:,}, {self.distinct:,} distinct"),
-            ("rubric", f"{self.rubric}, sha256 {self.rubric_sha256[:16]}"),
-            ("direction", self.direction),
-            ("asked once more", self.retried),
-            *self.spent.facts(),
-        ]
-        found: list[Section] = [Facts("Asked", tuple(facts)), Lines("Verdicts", self.verdicts)]
-        for column, counts in self.counts:
-            rows = tuple((_shown(value), count, f"{count / self.rows:.1%}") for value, count in counts)
-            found.append(Table(column, ("answer", "rows", "share"), rows[:MOST_LABELS]))
-        found += _crossed_table(self.crossed)
-        found += [_confusion(each) for each in self.agreement]
-        return [
-            *found,
-            Lines("", ("A model's labels are a model's: it has a lean of its own, and so has the rubric.",)),
-        ]
-
-
-def _shown(value: Value | None) -> str:
-    return "unparsed" if value is None else str(value)
-
-
-def _crossed_table(crossed: Sequence[tuple[Value | None, str, Value | None, int]]) -> list[Section]:
-    """A line per label, a column for each answer of each side."""
-    if not crossed:
-        return []
-    heads = list(dict.fromkeys((column, value) for _, column, value, _ in crossed))
-    cells = {(label, column, value): count for label, column, value, count in crossed}
-    labels = list(dict.fromkeys(label for label, *_ in crossed))
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (_shown(label), *(cells.get((label, *head), 0) for head in heads)) for label in labels
-    )
-    names = tuple(f"{column} {_shown(value)}" for column, value in heads)
-    return [Table("Answers by label", ("label", *names), rows[:MOST_LABELS])]
-
-
-def _confusion(found: Agreement) -> Section:
-    used = [place for place in range(len(found.labels))
-            if any(found.counts[place]) or any(row[place] for row in found.counts)]  # fmt: skip
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (found.labels[one], *(found.counts[one][two] for two in used)) for one in used
-    )
-    title = f"{found.question}: {found.other} (lines) and the model (columns)"
-    return Table(title, ("", *(found.labels[place] for place in used)), rows, found.verdict)
 
 
 def annotate(

@@ -237,7 +237,7 @@ class Cost:
             ("answer tokens", f"about {self.answer_tokens:,}, at most {self.most_answer_tokens:,}"),
         ]
         if self.money is not None:
-            facts.append(("money", f"about {self.money:,.2f}, at most {self.most_money:,.2f}; retries come on top"))
+            facts.append(("money", f"about {self.money:,.4f}, at most {self.most_money:,.4f}; retries come on top"))
         return [Facts("Cost, before anything is asked", tuple(facts))]
 
 
