@@ -180,14 +180,13 @@ def test_a_refused_side_takes_its_pair_and_is_counted(place: Path) -> None:
     assert "right: 14 refused" in (place / "other.md").read_text()
 
 
-def test_equal_refusals_are_no_difference() -> None:
-    """Three pairs refused on the left only, four on the right only: p = 1 (exact, by hand: 2 * 64 / 128)."""
-    faults: Any = {
-        "left": ["refused"] * 3 + [None] * 4 + ["refused"],
-        "right": [None] * 3 + ["refused"] * 4 + ["refused"],
-    }
-    assert synth._mcnemar(faults) == 1.0
-    assert synth._mcnemar({"left": [None], "right": [None]}) == 1.0
+def test_a_sign_test_by_hand() -> None:
+    """Of 7: 2 * 64 / 128 for 3 and 4, 2 * (1 + 7) / 128 for 1 and 6, 2 / 128 for none and 7."""
+    found = [synth.sign_test(*each) for each in ((3, 4), (1, 6), (7, 0), (0, 0))]
+    assert found == pytest.approx([1.0, 0.125, 1 / 64, 1.0])
+    assert synth.sign_test(4_000, 6_000) < 1e-80
+    left, right = ["refused"] * 3 + [None] * 4 + ["refused"], [None] * 3 + ["refused"] * 4 + ["refused"]
+    assert synth._refused({"left": left, "right": right}) == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +207,14 @@ def test_lengths_that_differ_are_said(place: Path) -> None:
     assert found.longer == 1.0
     assert "30 words on the left, 20 on the right" in found.verdicts[1]
     assert "could learn length" in found.verdicts[1]
+    with StandIn(lambda prompt, before: "word " * (21 if side_of(prompt) == "left" else 20) + prompt[-30:]) as server:
+        found = run(server.url, output="slightly.jsonl", endpoint_model="another", per_topic=4)
+    assert (found.longer, found.p_longer) == (1.0, pytest.approx(2 / 2**8))
+    assert "could learn length" in found.verdicts[1], (
+        "the medians are alike; what tells them apart is that it is always so"
+    )
+    with StandIn(write_well) as server:
+        assert run(server.url, output="well.jsonl", endpoint_model="third").verdicts[1].endswith("alike"), "the control"
 
 
 def test_pairs_with_equal_sides_are_left_out(place: Path) -> None:
@@ -216,7 +223,17 @@ def test_pairs_with_equal_sides_are_left_out(place: Path) -> None:
 
     with StandIn(answer) as server:
         found = run(server.url)
-    assert (found.pairs, found.equal) == (2, 2)
+    assert (found.pairs, found.equal, found.repeated) == (2, 2, 0)
+
+
+def test_pairs_that_are_there_already_are_left_out(place: Path) -> None:
+    """A generator that heeds no seed answers the fifth question as the first."""
+    with StandIn(write_well) as server:
+        found = run(server.url, per_topic=6)
+    assert (found.pairs, found.asked, found.repeated) == (8, 12, 4)
+    assert [row["id"] for row in lines(place / "pairs.jsonl")][:5] == [
+        "synth-1-1", "synth-1-2", "synth-1-3", "synth-1-4", "synth-2-1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -91,18 +91,20 @@ class SynthReport:
     """Drafted pairs.
 
     Args:
-        equal: pairs whose sides were the same, left out.
+        equal: pairs whose sides were the same, left out; `repeated` pairs that were there already, word for word.
         p_refusals: that both sides are refused as often; two-sided, exact (McNemar 1947, Psychometrika 12(2), 153-157).
-        longer: share of pairs whose left answer has more words; equal ones count half.
+        longer: share of pairs whose left answer has more words, equal ones by half; `p_longer` that it is one half.
     """
 
     topics: int
     pairs: int
     asked: int
     equal: int
+    repeated: int
     sides: tuple[OfSide, ...]
     p_refusals: float
     longer: float
+    p_longer: float
     generator: str
     temperature: float
     seed: int
@@ -126,9 +128,14 @@ class SynthReport:
             + ("the generator refuses one side more often" if apart else "no difference that can be told")
         ]
         if self.pairs:
-            same = abs(left.words - right.words) <= LENGTHS_APART * max(left.words, right.words)
-            lengths = f"median {left.words:g} words on the left, {right.words:g} on the right, left longer in {self.longer:.0%}"
-            said.append(f"lengths: {lengths}: " + ("alike" if same else "a run could learn length instead of stance"))
+            apart = (
+                abs(left.words - right.words) > LENGTHS_APART * max(left.words, right.words) or self.p_longer < P_VALUE
+            )
+            medians = f"median {left.words:g} words on the left, {right.words:g} on the right"
+            said.append(
+                f"lengths: {medians}, left longer in {self.longer:.0%} (p {self.p_longer:.2g}): "
+                + ("a run could learn length instead of stance" if apart else "alike")
+            )
         return tuple(said)
 
     def sections(self) -> Sequence[Section]:
@@ -137,7 +144,10 @@ class SynthReport:
             (each.side, each.asked, *(count for _, count in each.reasons), each.words) for each in self.sides
         )
         facts: list[tuple[str, Cell]] = [
-            ("pairs", f"{self.pairs:,} of {self.asked:,}; {self.equal:,} had equal sides"),
+            (
+                "pairs",
+                f"{self.pairs:,} of {self.asked:,}; {self.equal:,} had equal sides, {self.repeated:,} were there already",
+            ),
             (
                 "drawn",
                 f"temperature {self.temperature:g}, seed {self.seed}, about {self.words} words asked of each side",
@@ -333,37 +343,56 @@ def _finish(
     settings: Settings, seed: int, words: int, output: Path,
 ) -> SynthReport:  # fmt: skip
     faults = {side: [fault(kept[draft.asked[side]].reply, words) for draft in drafts] for side in SIDES}
-    rows: list[dict[str, Any]] = []
-    equal = 0
-    for number, draft in enumerate(drafts):
-        texts = {side: kept[draft.asked[side]].reply.text.strip() for side in SIDES}
-        if any(faults[side][number] for side in SIDES):
-            continue
-        if len({re.sub(r"\s+", " ", text) for text in texts.values()}) == 1:
-            equal += 1
-            continue
-        rows.append({
-            "id": draft.id, "topic": draft.topic.name, "axis": draft.topic.axis, "prompt": draft.request,
-            "left": texts["left"], "right": texts["right"],
-            "generator": who.generator, "synthetic": True,
-        })  # fmt: skip
-    lengths = {side: [len(str(row[side]).split()) for row in rows] for side in SIDES}
+    whole = [draft for number, draft in enumerate(drafts) if not any(faults[side][number] for side in SIDES)]
+    pairs = [_row(draft, {side: kept[draft.asked[side]].reply.text.strip() for side in SIDES}, who) for draft in whole]
+    differing = [row for row in pairs if _spaced(row["left"]) != _spaced(row["right"])]
+    once: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in differing:
+        once.setdefault((row["prompt"], row["left"], row["right"]), row)
+    rows = list(once.values())
+    lengths = {side: [len(row[side].split()) for row in rows] for side in SIDES}
     sides = tuple(_of_side(side, faults[side], lengths[side]) for side in SIDES)
-    longer = [(a > b) + (a == b) / 2 for a, b in zip(lengths["left"], lengths["right"], strict=True)]
     if not rows:
         raise DataError(
             f"no pair of {len(drafts)} is whole",
             why="; ".join(_told(each) for each in sides),
             fix="take another model; nothing was written",
         )
+    longer, shorter, refused = _compared(lengths), _compared(lengths, -1), _refused(faults)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     result = SynthReport(
-        topics=len(topics), pairs=len(rows), asked=len(drafts), equal=equal, sides=sides, p_refusals=_mcnemar(faults),
-        longer=sum(longer) / len(longer), generator=who.generator, temperature=settings.temperature, seed=seed, words=words,
-        spent=answering.spent(kept, asking), note=licence_note(who.generator), output=str(output),
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        topics=len(topics), pairs=len(rows), asked=len(drafts), equal=len(pairs) - len(differing),
+        repeated=len(differing) - len(rows), sides=sides, p_refusals=sign_test(*refused),
+        longer=(longer + len(rows) - shorter) / (2 * len(rows)), p_longer=sign_test(longer, shorter), generator=who.generator,
+        temperature=settings.temperature, seed=seed, words=words, spent=answering.spent(kept, asking),
+        note=licence_note(who.generator), output=str(output), sha256=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
     return _write(result, text, who, settings, output)
+
+
+def _spaced(text: str) -> str:
+    """A text whose white space makes no difference."""
+    return " ".join(text.split())
+
+
+def _row(draft: Draft, texts: Mapping[Side, str], who: Answering) -> dict[str, Any]:
+    return {
+        "id": draft.id, "topic": draft.topic.name, "axis": draft.topic.axis, "prompt": draft.request, "left": texts["left"],
+        "right": texts["right"], "generator": who.generator, "synthetic": True,
+    }  # fmt: skip
+
+
+def _compared(lengths: Mapping[Side, Sequence[int]], sign: int = 1) -> int:
+    """Pairs in which the left is longer; shorter, with a sign of -1."""
+    return sum(sign * (left - right) > 0 for left, right in zip(lengths["left"], lengths["right"], strict=True))
+
+
+def _refused(faults: Mapping[Side, Sequence[str | None]]) -> tuple[int, int]:
+    """(pairs in which the left alone was refused, the right alone)."""
+    both = [
+        (left == "refused", right == "refused") for left, right in zip(faults["left"], faults["right"], strict=True)
+    ]
+    return both.count((True, False)), both.count((False, True))
 
 
 def _of_side(side: Side, faults: Sequence[str | None], lengths: Sequence[int]) -> OfSide:
@@ -378,12 +407,11 @@ def _told(side: OfSide) -> str:
     return f"{side.side}: " + ", ".join(f"{count} {reason}" for reason, count in side.reasons)
 
 
-def _mcnemar(faults: Mapping[Side, Sequence[str | None]]) -> float:
-    """Two-sided exact p: of the pairs in which one side only was refused, half should be either side's."""
-    refused = [(a == "refused", b == "refused") for a, b in zip(faults["left"], faults["right"], strict=True)]
-    left, right = refused.count((True, False)), refused.count((False, True))
-    tail = sum(math.comb(left + right, k) for k in range(min(left, right) + 1))
-    return min(1.0, float(2 * tail / 2 ** (left + right)))
+def sign_test(one: int, other: int) -> float:
+    """Two-sided exact p of so many on one side and on the other, each as likely."""
+    n, few = one + other, min(one, other)
+    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1))
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def licence_note(generator: str) -> str:
@@ -401,7 +429,8 @@ def _write(result: SynthReport, text: str, who: Answering, settings: Settings, o
     try:
         document = {
             "file": output.name, "sha256": result.sha256, "pairs": result.pairs, "asked": result.asked, "topics": result.topics,
-            "equal": result.equal, "sides": [each.__dict__ | {"reasons": dict(each.reasons)} for each in result.sides],
+            "equal": result.equal, "repeated": result.repeated,
+            "sides": [each.__dict__ | {"reasons": dict(each.reasons)} for each in result.sides],
             "p_refusals": result.p_refusals, "generator": who.generator, "who": who.identity(), "template": TEMPLATE,
             "advocates": ADVOCATES, "requests": REQUESTS, "words": result.words, "seed": result.seed, **settings.__dict__,
             "licence_note": result.note, "synthetic": True,
@@ -420,6 +449,7 @@ def _card_facts(result: SynthReport) -> dict[str, str]:
         "name": plain(Path(result.output).name), "generator": plain(result.generator), "pairs": str(result.pairs),
         "asked": str(result.asked), "topics": str(result.topics), "temperature": f"{result.temperature:g}",
         "seed": str(result.seed), "words": str(result.words), "left_out": left_out, "equal": str(result.equal),
+        "repeated": str(result.repeated),
         "verdicts": "\n".join(f"- {plain(each)}" for each in result.verdicts), "note": plain(result.note),
         "digest": result.sha256,
         "template": TEMPLATE.replace("{words}", str(result.words)), "left": ADVOCATES["left"], "right": ADVOCATES["right"],
@@ -436,7 +466,7 @@ persuasion.
 - {pairs} pairs of {asked} that were asked for, over {topics} topics; sha256 `{digest}`.
 - Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request, the same
   settings, the same seed.
-- {note}.
+- Licence: {note}.
 
 ## The prompt
 
@@ -448,7 +478,8 @@ persuasion.
 
 ## What was left out
 
-An answer that is refused, empty, short or cut off takes its pair with it. {equal} pairs had equal sides.
+An answer that is refused, empty, short or cut off takes its pair with it. {equal} pairs had equal
+sides, {repeated} were there already.
 
 {left_out}
 
