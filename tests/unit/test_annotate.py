@@ -267,6 +267,21 @@ def test_completions_are_judged_too(place: Path) -> None:
     assert "answer_A" not in server.prompts[0]
 
 
+def test_columns_that_nobody_reads_come_through(place: Path) -> None:
+    """Half a character, which JSON can hold and UTF-8 cannot, and the separators that end lines elsewhere."""
+    odd = [{**each, "note": "a\ud800b\u2028c"} for each in pairs(2)]
+    with StandIn(judge) as server:
+        run(write(place / "pairs.jsonl", odd), server.url)
+    text = (place / "out" / "annotated.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["note"] for line in text.split("\n")[:-1]] == [each["note"] for each in odd]
+
+
+def test_data_of_no_known_shape_is_refused(place: Path) -> None:
+    with StandIn(judge) as server, pytest.raises(DataError, match="chosen"):
+        run(write(place / "x.jsonl", [{"question": "a", "good": "b"}]), server.url)
+    assert server.bodies == []
+
+
 def test_a_column_of_the_data_is_not_written_over(place: Path) -> None:
     data = write(place / "pairs.jsonl", [{**each, "topic": "the author's own"} for each in pairs(2)])
     with StandIn(judge) as server:
@@ -456,7 +471,7 @@ def test_a_directory_belongs_to_one_command(place: Path) -> None:
     ("given", "said"),
     [
         ({"model": "demo"}, "and not both"), ({"url": None}, "name who is to answer|belong together"),
-        ({"endpoint_model": None}, "belong together"), ({"endpoint_model": " "}, "empty name"),
+        ({"endpoint_model": None}, "belong together"), ({"endpoint_model": " "}, "no name of a model"), ({"endpoint_model": "\udcff"}, "no name of a model"),
         ({"concurrency": 0}, "--concurrency"),
         ({"temperature": 3.0}, "--temperature"), ({"max_new_tokens": 0}, "--max-new-tokens"), ({"price_in": -1.0}, "no price"),
         ({"rubric_name": "mine"}, "unknown rubric"), ({"dataset_split": "test"}, "no splits"),

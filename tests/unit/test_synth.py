@@ -13,10 +13,11 @@ from politune.config import DataSpec
 from politune.data import sources
 from politune.data.format import to_preference_rows
 from politune.errors import ConfigError, DataError, MachineError, OutputError
-from politune.selection import synth
+from politune.selection import results, synth
 from politune.selection.answering import Asking, Cost
 from politune.selection.endpoint import Limits, Reply
-from politune.selection.synth import SynthReport, Topic
+from politune.selection.results import SynthReport
+from politune.selection.synth import Topic
 from unit.stand_in_endpoint import StandIn, completion, refusal
 
 KEY = "sk-canary-0123456789abcdef"
@@ -182,9 +183,9 @@ def test_a_refused_side_takes_its_pair_and_is_counted(place: Path) -> None:
 
 def test_a_sign_test_by_hand() -> None:
     """Of 7: 2 * 64 / 128 for 3 and 4, 2 * (1 + 7) / 128 for 1 and 6, 2 / 128 for none and 7."""
-    found = [synth.sign_test(*each) for each in ((3, 4), (1, 6), (7, 0), (0, 0))]
+    found = [results.sign_test(*each) for each in ((3, 4), (1, 6), (7, 0), (0, 0))]
     assert found == pytest.approx([1.0, 0.125, 1 / 64, 1.0])
-    assert synth.sign_test(4_000, 6_000) < 1e-80
+    assert results.sign_test(4_000, 6_000) < 1e-80
     left, right = ["refused"] * 3 + [None] * 4 + ["refused"], [None] * 3 + ["refused"] * 4 + ["refused"]
     assert synth._refused({"left": left, "right": right}) == (3, 4)
 

@@ -89,6 +89,7 @@ def annotate(
         ModelError, MachineError, HubError: who is to answer does not; what was answered is kept.
         OutputError: the directory holds something else, or cannot be written.
     """
+    answering.check(asking)
     settings = _settings(temperature, max_new_tokens)
     questions = rubric.load(rubric_name)
     found = judged.load(
@@ -192,7 +193,7 @@ def _read_other(directory: Path, questions: Rubric) -> _Other:
     if document["rubric_sha256"] != questions.sha256:
         raise DataError(f"{safe(directory)} was made with another rubric", where="--against")
     try:
-        lines = (directory / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
+        lines = (directory / ANNOTATIONS).read_text(encoding="utf-8").split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
         return _Other(str(document.get("name")), {row["sha256"]: dict(row["answers"]) for row in rows})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -308,4 +309,5 @@ def _annotated(
 
 
 def _line(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, default=str) + "\n"
+    text = json.dumps(document, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # half a character, in a column that nobody reads

@@ -139,28 +139,13 @@ class LocalModel:
             )
 
 
-def who(asking: Asking, say: Say, *, limits: endpoint.Limits | None = None, dry_run: bool = False) -> Answering | None:
-    """Who answers; None for a dry run with a model that is not on this machine.
+def check(asking: Asking) -> None:
+    """All of it that can be refused before any data is read, or a model looked for.
 
     Raises:
-        ConfigError: none or both of a model and an endpoint are named, or an address is wrong.
-        MachineError, ModelError, HubError: the key, the model or the network is missing.
+        ConfigError: none or both of a model and an endpoint are named, or an address or a price is wrong.
+        MachineError: the key is missing.
     """
-    _check(asking)
-    if asking.url is not None:
-        given = asking.endpoint_model or ""
-        return endpoint.connect(
-            asking.url, given, key_env=asking.key_env, concurrency=asking.concurrency, limits=limits
-        )
-    try:
-        return LocalModel(asking.model or "", offline=asking.offline or dry_run, say=say)
-    except HubError:
-        if dry_run:  # nothing is fetched for a look at the cost
-            return None
-        raise
-
-
-def _check(asking: Asking) -> None:
     if (asking.model is None) == (asking.url is None):
         raise ConfigError("name who is to answer: --model, or --endpoint with --endpoint-model, and not both")
     if (asking.url is None) != (asking.endpoint_model is None):
@@ -170,6 +155,35 @@ def _check(asking: Asking) -> None:
     for name, price in (("--price-in", asking.price_in), ("--price-out", asking.price_out)):
         if price is not None and not 0 <= price < 1e9:
             raise ConfigError(f"{price:g} is no price of a million tokens", where=name)
+    if asking.url is not None:
+        _endpoint(asking, None)
+
+
+def who(asking: Asking, say: Say, *, limits: endpoint.Limits | None = None, dry_run: bool = False) -> Answering | None:
+    """Who answers; None for a dry run with a model that is not on this machine.
+
+    Raises:
+        ConfigError, MachineError: what `check` raises.
+        ModelError, HubError: there is no such model, or it cannot be brought here.
+    """
+    if asking.url is not None:
+        return _endpoint(asking, limits)
+    try:
+        return LocalModel(asking.model or "", offline=asking.offline or dry_run, say=say)
+    except HubError:
+        if dry_run:  # nothing is fetched for a look at the cost
+            return None
+        raise
+
+
+def _endpoint(asking: Asking, limits: endpoint.Limits | None) -> endpoint.Endpoint:
+    return endpoint.connect(
+        asking.url or "",
+        asking.endpoint_model or "",
+        key_env=asking.key_env,
+        concurrency=asking.concurrency,
+        limits=limits,
+    )
 
 
 def answer(

@@ -136,8 +136,8 @@ def connect(url: str, model: str, *, key_env: str | None, concurrency: int, limi
     """
     url = url.rstrip("/").removesuffix(PATH)
     is_near = _check_address(url)
-    if not model.strip():
-        raise ConfigError("an empty name is no model", where="--endpoint-model")
+    if not model.strip() or not model.isprintable():
+        raise ConfigError(f"{safe(model)!r} is no name of a model", where="--endpoint-model")
     if not 1 <= concurrency <= MOST_CONCURRENCY:
         raise ConfigError(f"--concurrency {concurrency} is not between 1 and {MOST_CONCURRENCY}")
     key = _key(key_env, is_near)
@@ -363,7 +363,7 @@ class _Pool:
         if 300 <= status < 400:
             where = safe(urlsplit(headers.get("location", "")).netloc or "nowhere")
             raise ConfigError(
-                f"{safe(self.endpoint.url)} redirects to {where}, which is not followed: the key would go there",
+                f"{safe(self.endpoint.url)} redirects to {where}, which is not followed: the rows and the key would go there",
                 where="--endpoint",
                 fix="give the address that answers itself",
             )

@@ -80,7 +80,7 @@ def load(
 
 
 def _judged(table: Table, direction: Direction | None, seed: int) -> tuple[tuple[str, ...], list[Judged]]:
-    if "dpo" not in rows_format.methods_of(table):
+    if rows_format.methods_of(table) == ("sft",):
         chats = rows_format.parse_chats(table, direction, seed)
         return ("answer",), [Judged(_request(row.prompt), {"answer": row.completion}) for row in chats]
     keeps_sides = direction is None and rows_format.needs_direction(table)

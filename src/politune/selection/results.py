@@ -1,5 +1,6 @@
-"""What a person reads of an annotation: who answered, a verdict on each thing, counts, and agreement."""
+"""What a person reads of annotated rows and of drafted pairs: who answered, counts, and a verdict on each thing."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ ALL_SHOWN = 8
 """So many answers are shown with those that nobody gave; of more, those that were given."""
 LEAST_ROWS = 5
 """Of a label whose share is named."""
+
+REASONS = ("refused", "empty", "short", "cut off")
+LENGTHS_APART = 0.15
+"""Of the median lengths: the balance that the shipped stances keep."""
+P_VALUE = 0.05
 
 
 @dataclass(frozen=True)
@@ -144,3 +150,103 @@ def _confusion(found: Agreement) -> Section:
     )
     title = f"{found.question}: {found.other} (lines) and the model (columns)"
     return Table(title, ("", *(found.labels[place] for place in used)), rows, found.verdict)
+
+
+# --- drafted pairs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfSide:
+    """What became of one side's answers; `reasons` counts what was left out, `words` is the median of what was kept."""
+
+    side: str
+    asked: int
+    reasons: tuple[tuple[str, int], ...]
+    refusal_rate: float
+    words: float
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """Drafted pairs.
+
+    Args:
+        equal: pairs whose sides were the same, left out; `repeated` pairs that were there already, word for word.
+        p_refusals: that both sides are refused as often; two-sided, exact (McNemar 1947, Psychometrika 12(2), 153-157).
+        longer: share of pairs whose left answer has more words, equal ones by half; `p_longer` that it is one half.
+    """
+
+    topics: int
+    pairs: int
+    asked: int
+    equal: int
+    repeated: int
+    sides: tuple[OfSide, ...]
+    p_refusals: float
+    longer: float
+    p_longer: float
+    generator: str
+    temperature: float
+    seed: int
+    words: int
+    spent: Spent
+    note: str
+    output: str
+    sha256: str
+
+    @property
+    def headline(self) -> str:
+        return f"{self.output}: {self.pairs:,} pairs of {self.asked:,} over {self.topics:,} topics, by {self.generator}"
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        left, right = self.sides
+        apart = self.p_refusals < P_VALUE
+        rates = f"{left.refusal_rate:.1%} of the left's answers, {right.refusal_rate:.1%} of the right's"
+        said = [
+            f"refusals: {rates} (p {self.p_refusals:.2g}): "
+            + ("the generator refuses one side more often" if apart else "no difference that can be told")
+        ]
+        if self.pairs:
+            apart = (
+                abs(left.words - right.words) > LENGTHS_APART * max(left.words, right.words) or self.p_longer < P_VALUE
+            )
+            medians = f"median {left.words:g} words on the left, {right.words:g} on the right"
+            said.append(
+                f"lengths: {medians}, left longer in {self.longer:.0%} (p {self.p_longer:.2g}): "
+                + ("a run could learn length instead of stance" if apart else "alike")
+            )
+        return tuple(said)
+
+    def sections(self) -> Sequence[Section]:
+        columns = ("side", "asked", *REASONS, "median words")
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
+            (each.side, each.asked, *(count for _, count in each.reasons), each.words) for each in self.sides
+        )
+        facts: list[tuple[str, Cell]] = [
+            (
+                "pairs",
+                f"{self.pairs:,} of {self.asked:,}; {self.equal:,} had equal sides, {self.repeated:,} were there already",
+            ),
+            (
+                "drawn",
+                f"temperature {self.temperature:g}, seed {self.seed}, about {self.words} words asked of each side",
+            ),
+            ("sha256", self.sha256),
+            *self.spent.facts(),
+        ]
+        left_out = "An answer that is left out takes its pair with it."
+        after = f"Nothing here was read by a person yet. Next: politune inspect-data {self.output} --direction left"
+        return [
+            Facts("Drafted", tuple(facts)),
+            Lines("Verdicts", self.verdicts),
+            Table("What became of each side", columns, rows, left_out),
+            Lines("", (self.note, after)),
+        ]
+
+
+def sign_test(one: int, other: int) -> float:
+    """Two-sided exact p of so many on one side and on the other, each as likely."""
+    n, few = one + other, min(one, other)
+    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1))
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))

@@ -6,7 +6,6 @@ them more often is seen to.
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +19,15 @@ from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.lean import papers
 from politune.lean.answers import classify
 from politune.record import generator_note, plain, sha256_of_json, write_json
-from politune.report import Cell, Facts, Lines, Section, Table
 from politune.selection import answering
-from politune.selection.answering import Answering, Asking, Cost, Spent
+from politune.selection.answering import Answering, Asking, Cost
 from politune.selection.endpoint import Limits, Reply, Request, Settings
 from politune.selection.replies import JOURNAL, Kept, Replies
+from politune.selection.results import REASONS, OfSide, SynthReport, sign_test
 from politune.writing import write_whole
 
 Side: TypeAlias = Literal["left", "right"]
 SIDES: tuple[Side, ...] = ("left", "right")
-REASONS = ("refused", "empty", "short", "cut off")
 PAPERS = "papers.json"
 MAX_TOPIC_CHARACTERS = 200
 MOST_TOPICS, MOST_PER_TOPIC = 10_000, 1000
@@ -37,10 +35,6 @@ LEAST_SHARE = 0.4
 """Of the words that were asked for: a shorter answer is none."""
 TOKENS_PER_WORD = 3
 """Room for an answer to end by itself, in any language that is written with spaces."""
-LENGTHS_APART = 0.15
-"""Of the median lengths: the balance that the shipped stances keep."""
-P_VALUE = 0.05
-
 REQUESTS = (
     "What should be done about {topic}?",
     "What is your view on {topic}?",
@@ -75,96 +69,6 @@ class Draft:
     asked: Mapping[Side, Request]
 
 
-@dataclass(frozen=True)
-class OfSide:
-    """What became of one side's answers; `reasons` counts what was left out, `words` is the median of what was kept."""
-
-    side: str
-    asked: int
-    reasons: tuple[tuple[str, int], ...]
-    refusal_rate: float
-    words: float
-
-
-@dataclass(frozen=True)
-class SynthReport:
-    """Drafted pairs.
-
-    Args:
-        equal: pairs whose sides were the same, left out; `repeated` pairs that were there already, word for word.
-        p_refusals: that both sides are refused as often; two-sided, exact (McNemar 1947, Psychometrika 12(2), 153-157).
-        longer: share of pairs whose left answer has more words, equal ones by half; `p_longer` that it is one half.
-    """
-
-    topics: int
-    pairs: int
-    asked: int
-    equal: int
-    repeated: int
-    sides: tuple[OfSide, ...]
-    p_refusals: float
-    longer: float
-    p_longer: float
-    generator: str
-    temperature: float
-    seed: int
-    words: int
-    spent: Spent
-    note: str
-    output: str
-    sha256: str
-
-    @property
-    def headline(self) -> str:
-        return f"{self.output}: {self.pairs:,} pairs of {self.asked:,} over {self.topics:,} topics, by {self.generator}"
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        left, right = self.sides
-        apart = self.p_refusals < P_VALUE
-        rates = f"{left.refusal_rate:.1%} of the left's answers, {right.refusal_rate:.1%} of the right's"
-        said = [
-            f"refusals: {rates} (p {self.p_refusals:.2g}): "
-            + ("the generator refuses one side more often" if apart else "no difference that can be told")
-        ]
-        if self.pairs:
-            apart = (
-                abs(left.words - right.words) > LENGTHS_APART * max(left.words, right.words) or self.p_longer < P_VALUE
-            )
-            medians = f"median {left.words:g} words on the left, {right.words:g} on the right"
-            said.append(
-                f"lengths: {medians}, left longer in {self.longer:.0%} (p {self.p_longer:.2g}): "
-                + ("a run could learn length instead of stance" if apart else "alike")
-            )
-        return tuple(said)
-
-    def sections(self) -> Sequence[Section]:
-        columns = ("side", "asked", *REASONS, "median words")
-        rows: tuple[tuple[Cell, ...], ...] = tuple(
-            (each.side, each.asked, *(count for _, count in each.reasons), each.words) for each in self.sides
-        )
-        facts: list[tuple[str, Cell]] = [
-            (
-                "pairs",
-                f"{self.pairs:,} of {self.asked:,}; {self.equal:,} had equal sides, {self.repeated:,} were there already",
-            ),
-            (
-                "drawn",
-                f"temperature {self.temperature:g}, seed {self.seed}, about {self.words} words asked of each side",
-            ),
-            ("sha256", self.sha256),
-            *self.spent.facts(),
-        ]
-        left_out = "An answer that is left out takes its pair with it."
-        after = f"Nothing here was read by a person yet. Next: politune inspect-data {self.output} --direction left"
-        return [
-            Facts("Drafted", tuple(facts)),
-            Lines("Verdicts", self.verdicts),
-            Table("What became of each side", columns, rows, left_out),
-            Lines("", (self.note, after)),
-        ]
-
-
 def synth(
     topics: Path,
     asking: Asking,
@@ -197,6 +101,7 @@ def synth(
         ModelError, MachineError, HubError: who is to answer does not; what was answered is kept.
         OutputError: something else stands there, or it cannot be written.
     """
+    answering.check(asking)
     settings = _settings(per_topic, temperature, words, max_new_tokens)
     found = read_topics(topics)
     place = _place(output)
@@ -405,13 +310,6 @@ def _of_side(side: Side, faults: Sequence[str | None], lengths: Sequence[int]) -
 
 def _told(side: OfSide) -> str:
     return f"{side.side}: " + ", ".join(f"{count} {reason}" for reason, count in side.reasons)
-
-
-def sign_test(one: int, other: int) -> float:
-    """Two-sided exact p of so many on one side and on the other, each as likely."""
-    n, few = one + other, min(one, other)
-    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1))
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def licence_note(generator: str) -> str:
