@@ -471,7 +471,8 @@ def test_a_directory_belongs_to_one_command(place: Path) -> None:
     ("given", "said"),
     [
         ({"model": "demo"}, "and not both"), ({"url": None}, "name who is to answer|belong together"),
-        ({"endpoint_model": None}, "belong together"), ({"endpoint_model": " "}, "no name of a model"), ({"endpoint_model": "\udcff"}, "no name of a model"),
+        ({"endpoint_model": None}, "belong together"), ({"endpoint_model": " "}, "no name of a model"),
+        ({"endpoint_model": "\udcff"}, "no name of a model"),
         ({"concurrency": 0}, "--concurrency"),
         ({"temperature": 3.0}, "--temperature"), ({"max_new_tokens": 0}, "--max-new-tokens"), ({"price_in": -1.0}, "no price"),
         ({"rubric_name": "mine"}, "unknown rubric"), ({"dataset_split": "test"}, "no splits"),
