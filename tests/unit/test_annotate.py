@@ -452,6 +452,18 @@ def test_the_cost_is_known_before_anything_is_asked(place: Path) -> None:
         assert (again.distinct, again.there) == (3, 1)
 
 
+def test_a_look_at_the_cost_fetches_no_model(place: Path) -> None:
+    """One that is not on this machine is estimated for; without --dry-run it is an error here, where there is no network."""
+    data = write(place / "pairs.jsonl", pairs(3))
+    given: Any = {"output": place / "out", "say": lambda line: None}
+    cost = annotate.annotate(data, Asking(model="owner/nowhere", offline=True), dry_run=True, **given)
+    assert isinstance(cost, Cost)
+    assert (cost.who, cost.distinct, cost.exact) == ("owner/nowhere", 3, False)
+    with pytest.raises(HubError):
+        annotate.annotate(data, Asking(model="owner/nowhere", offline=True), **given)
+    assert not (place / "out").exists()
+
+
 def test_a_directory_belongs_to_one_command(place: Path) -> None:
     data = write(place / "pairs.jsonl", pairs(2))
     (place / "full").mkdir()

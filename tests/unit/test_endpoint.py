@@ -236,10 +236,25 @@ def test_a_redirect_is_not_followed() -> None:
 
 
 def test_the_newer_name_of_the_limit_is_tried() -> None:
+    """By all threads, each of which may have asked by the older name before one of them was told."""
     said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-    with StandIn(lambda prompt, before: refusal(400, said) if before == 0 else "x") as server:
-        assert ask(server.url, "a", "b", concurrency=1)[1].text == "x"
-    assert ["max_completion_tokens" in body for body in server.bodies] == [False, True, True]
+    together = threading.Barrier(3)
+
+    def answer(prompt: str, before: int) -> Answer | str:
+        if "max_completion_tokens" in server.bodies[before]:
+            return "x"
+        together.wait(5)
+        return refusal(400, said)
+
+    with StandIn(answer) as server:
+        assert [reply.text for reply in ask(server.url, *"abcde", concurrency=3)] == ["x"] * 5
+    assert sum("max_tokens" in body for body in server.bodies) == 3
+    with (
+        StandIn(lambda prompt, before: refusal(400, said)) as server,
+        pytest.raises(ConfigError, match="max_completion"),
+    ):
+        ask(server.url, "a")
+    assert len(server.bodies) == 2, "asked so once, too"
 
 
 # --- addresses and keys -----------------------------------------------------------------------------------------------

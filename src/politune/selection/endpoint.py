@@ -305,10 +305,11 @@ class _Pool:
         import httpx
 
         started = self.asked_at[threading.get_ident()] = time.monotonic()
+        limit_name = self.limit_name  # another thread may find out that it is called otherwise
         try:
-            with client.stream("POST", self.endpoint.url + PATH, json=self._body(request)) as response:
+            with client.stream("POST", self.endpoint.url + PATH, json=self._body(request, limit_name)) as response:
                 content = self._read(response, started)
-                return self._understand(response.status_code, response.headers, content)
+                return self._understand(response.status_code, response.headers, content, limit_name)
         except httpx.ConnectError as error:
             if "refused" in str(error).lower():
                 raise HubError(
@@ -326,12 +327,12 @@ class _Pool:
         finally:
             del self.asked_at[threading.get_ident()]
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: Request, limit_name: str) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.endpoint.model,
             "messages": [{"role": "user", "content": request.prompt}],
             "temperature": self.settings.temperature,
-            self.limit_name: self.settings.max_new_tokens,
+            limit_name: self.settings.max_new_tokens,
         }
         return body if request.seed is None else {**body, "seed": request.seed}
 
@@ -351,7 +352,7 @@ class _Pool:
                 raise httpx.ReadTimeout("the answer does not end")
         return bytes(content)
 
-    def _understand(self, status: int, headers: Any, content: bytes) -> "Reply | _Later":
+    def _understand(self, status: int, headers: Any, content: bytes, limit_name: str) -> "Reply | _Later":
         said = self._complaint(content)
         if status in BUSY:
             if status == 429 and "insufficient_quota" in content.decode("utf-8", "replace"):
@@ -367,7 +368,7 @@ class _Pool:
                 where="--endpoint",
                 fix="give the address that answers itself",
             )
-        if status in (401, 403):
+        if status in (401, 402, 403):
             raise MachineError(
                 f"{safe(self.endpoint.url)} refuses the key or the account ({status})",
                 line="endpoint key",
@@ -380,7 +381,7 @@ class _Pool:
                 why=said or None,
                 fix="look at --endpoint-model and --endpoint",
             )
-        if status == 400 and "max_completion_tokens" in said and self.limit_name == "max_tokens":
+        if status == 400 and "max_completion_tokens" in said and limit_name == "max_tokens":
             self.limit_name = "max_completion_tokens"  # what OpenAI's newer models call it
             return _Later(said, wait=0.0)
         if status != 200:
