@@ -98,10 +98,10 @@ class StandIn:
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             found = self.answer(self.prompts[before], before)
-            self._send(handler, completion(found) if isinstance(found, str) else found)
         finally:
-            with self._lock:
+            with self._lock:  # before it is sent: whoever has it may ask again at once
                 self._at_once -= 1
+        self._send(handler, completion(found) if isinstance(found, str) else found)
 
     def _send(self, handler: BaseHTTPRequestHandler, answer: Answer) -> None:
         handler.send_response(answer.status)
