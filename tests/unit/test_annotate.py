@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from politune import cli, errors
+from politune import cli, errors, locks
 from politune.config import DataSpec
 from politune.data import sources
 from politune.data.format import to_preference_rows
@@ -475,6 +475,11 @@ def test_a_directory_belongs_to_one_command(place: Path) -> None:
         run(data, server.url)
         with pytest.raises(OutputError, match=r"differs in.*temperature"):
             run(data, server.url, temperature=1.0)
+        with (
+            locks.owned(place / "out", OutputError("busy")),
+            pytest.raises(OutputError, match="another process is at work"),
+        ):
+            run(data, server.url)
         with pytest.raises(OutputError, match=r"differs in.*data"):
             run(write(place / "pairs.jsonl", pairs(3)), server.url)
 
@@ -515,6 +520,7 @@ def test_agreement_with_hand_labels(place: Path) -> None:
     assert (topic.question, topic.rows, topic.pairs, topic.unparsed, topic.agreement) == ("topic", 11, 11, 1, 9 / 11)
     assert (stance.question, stance.rows, stance.agreement) == ("stance", 10, 0.9)
     assert found.unmatched_labels == 1
+    assert "1 hand labels belong to none of these rows" in found.verdicts
     assert any("topic: 82% agree with gold.jsonl; kappa" in each for each in found.verdicts)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from pydantic import ValidationError
+
 from politune.config import SHIPPED_DATA, DataSpec
 from politune.data import format as rows_format
 from politune.data import sources
@@ -65,8 +67,10 @@ def load(
     asked = direction or ("left" if name in SHIPPED_DATA else None)
     try:
         spec = DataSpec(dataset_name=name, dataset_revision=revision, dataset_split=split, direction=asked)
-    except ValueError as error:
-        raise ConfigError(f"{safe(name)} cannot be read so", why=safe(error.errors()[0]["msg"])) from None  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise ConfigError(
+            f"{safe(name)} cannot be read so", why=safe(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        ) from None
     table = sources.load(spec, offline=offline)
     if not table.rows:
         raise DataError(f"{safe(name)} has no rows")
@@ -152,8 +156,10 @@ def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labe
 def _places(data: Data) -> dict[str, int]:
     found: dict[str, int] = {}
     for place, row in enumerate(data.rows):
-        name = str(row.get("id")).strip()
-        if name in found and row.get("id") not in (None, ""):
+        name = str(row.get("id") or "").strip()
+        if not name:
+            continue
+        if name in found:
             raise DataError(
                 f"the id {safe(name)} stands twice in {safe(data.name)}",
                 fix="name the labelled rows by their number, in a column row",

@@ -40,15 +40,15 @@ class Replies:
 
     def __init__(self, journal: Path, identity: Mapping[str, Any], settings: Settings) -> None:
         self.journal = journal
-        self._what = {"who": dict(identity), **settings.__dict__}
+        self._what = record.sha256_of_json({"who": dict(identity), **settings.__dict__})
         cache = user_cache()
-        self._cache = None if cache is None else cache / "replies" / f"{record.sha256_of_json(self._what)[:24]}.jsonl"
+        self._cache = None if cache is None else cache / "replies" / f"{self._what[:24]}.jsonl"
         self._elsewhere = {key: reply for key, reply, _ in _read(self._cache)} if self._cache else {}
         self._here = {key: Kept(reply, cached) for key, reply, cached in _read(journal)}
 
     def key(self, request: Request) -> str:
         """What a reply depends on, as a hash."""
-        return record.sha256_of_json({**self._what, "prompt": request.prompt, "seed": request.seed})
+        return record.sha256_of_json([self._what, request.prompt, request.seed])
 
     def find(self, request: Request) -> Kept | None:
         """A reply that is in the journal or in the cache."""

@@ -68,6 +68,8 @@ class AnnotationReport:
         said += [_mostly(column, counts) for column, counts in self.counts]
         said += _by_label(self.crossed)
         said += [each.verdict for each in self.agreement]
+        if self.unmatched_labels:
+            said.append(f"{self.unmatched_labels:,} hand labels belong to none of these rows")
         if not self.agreement:
             said.append("agreement: not known; label some rows by hand and give them with --gold")
         return tuple(said)

@@ -103,8 +103,8 @@ def synth(
     """
     answering.check(asking)
     settings = _settings(per_topic, temperature, words, max_new_tokens)
-    found = read_topics(topics)
     place = _place(output)
+    found = read_topics(topics)
     if not dry_run:
         _check_place(output, place)
     who = answering.who(asking, say, limits=limits, dry_run=dry_run)
