@@ -87,11 +87,11 @@ def simulate(chance: numpy.random.Generator, rows: int, per_row: int, alike: flo
 
 @pytest.mark.parametrize(("per_row", "alike"), [(1, 0.0), (2, 1.0)], ids=["one answer", "two that are alike"])
 def test_the_interval_covers(per_row: int, alike: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The true kappa is 0.7: labels are even, and the rest is drawn. In 300 simulations of 80 rows, 0.95 +- 3 standard errors
+    """The true kappa is 0.7: labels are even, and the rest is drawn. In 200 simulations of 80 rows, 0.95 +- 3 standard errors
     and what a percentile interval of so few rows lacks."""
     monkeypatch.setattr(agreement, "DRAWS", 300)
     chance, covered, naive = numpy.random.default_rng(5), 0, 0
-    for seed in range(300):
+    for seed in range(200):
         rows = simulate(chance, 80, per_row, alike)
         found = agree("stance", "x", LABELS, rows, seed)
         assert found.low is not None
@@ -102,6 +102,6 @@ def test_the_interval_covers(per_row: int, alike: float, monkeypatch: pytest.Mon
             assert apart.low is not None
             assert apart.high is not None
             naive += apart.low <= 0.7 <= apart.high
-    assert 0.90 <= covered / 300 <= 0.98
+    assert 0.90 <= covered / 200 <= 0.98
     if per_row == 2:
-        assert naive < 0.92 * 300, "the control: taking a row's answers for rows of their own covers less"
+        assert naive < 0.92 * 200, "the control: taking a row's answers for rows of their own covers less"
