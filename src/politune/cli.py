@@ -640,6 +640,153 @@ def ask_command(
     report.show(result, as_json=json)
 
 
+data_app = typer.Typer(
+    no_args_is_help=True, help="Choose and draft data: annotate rows with a model, synth pairs from topics."
+)
+app.add_typer(data_app, name="data")
+
+ByModel = Annotated[
+    str | None, typer.Option("--model", help="Who answers: a run, an adapter, a checkpoint, a Hub id, or `demo`.")
+]
+ByEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint", metavar="URL", help="Who answers: an OpenAI-compatible API, such as http://127.0.0.1:8000/v1."
+    ),
+]
+EndpointModel = Annotated[str | None, typer.Option("--endpoint-model", help="The model's name at the endpoint.")]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--key-env",
+        metavar="NAME",
+        help="Environment variable that holds the endpoint's key, or `none` (default: OPENAI_API_KEY; none for this machine).",
+    ),
+]
+Concurrency = Annotated[int, typer.Option("--concurrency", help="Requests to the endpoint at a time.")]
+PriceIn = Annotated[float | None, typer.Option("--price-in", help="Money per million tokens of prompts.")]
+PriceOut = Annotated[float | None, typer.Option("--price-out", help="Money per million tokens of answers.")]
+CostOnly = Annotated[bool, typer.Option("--dry-run", help="Show the cost, then stop; nothing is asked or written.")]
+
+
+@data_app.command("annotate")
+def annotate_command(
+    data: Annotated[str, typer.Argument(help="A file, `stances`, or a Hub id.")],
+    model: ByModel = None,
+    endpoint: ByEndpoint = None,
+    endpoint_model: EndpointModel = None,
+    key_env: KeyEnv = None,
+    concurrency: Concurrency = 4,
+    rubric: Annotated[str, typer.Option("--rubric", help="A shipped rubric's name, or a .toml file.")] = "political",
+    direction: Annotated[
+        Literal["left", "right", "shuffled"] | None,
+        typer.Option("--direction", help="Chosen side where a row holds both (default: both keep their names)."),
+    ] = None,
+    dataset_revision: Annotated[
+        str | None, typer.Option("--dataset-revision", help="Commit, tag or branch on the Hub.")
+    ] = None,
+    dataset_split: Annotated[str, typer.Option("--dataset-split", help="Split of the data set.")] = "train",
+    gold: Annotated[
+        Path | None,
+        typer.Option("--gold", help="Hand labels to compare with: a table with row or id, and some of the columns."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Another annotation's directory, to compare two models.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Only the first N rows.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest words.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 300,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new directory, or that of the same command to go on with.")
+    ] = Path("annotation"),
+    dry_run: CostOnly = False,
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a model answer a rubric about each row: topic, axis, stance; with its agreement with hand labels."""
+    from politune.training.signals import caught
+
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
+        from politune.selection import annotate
+        from politune.selection.answering import Asking
+
+        result = annotate.annotate(
+            data,
+            Asking(model, endpoint, endpoint_model, key_env, concurrency, price_in, price_out, offline),
+            rubric_name=rubric,
+            direction=direction,
+            dataset_revision=dataset_revision,
+            dataset_split=dataset_split,
+            seed=seed,
+            limit=limit,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            gold=gold,
+            against=against,
+            output=output,
+            dry_run=dry_run,
+            show=_show_cost(quiet),
+            say=_say(quiet),
+        )
+    report.show(result, as_json=json)
+
+
+@data_app.command("synth")
+def synth_command(
+    topics: Annotated[
+        Path, typer.Argument(help="A .txt file with a topic on each line, or a table with a column topic.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl file to write.")],
+    model: ByModel = None,
+    endpoint: ByEndpoint = None,
+    endpoint_model: EndpointModel = None,
+    key_env: KeyEnv = None,
+    concurrency: Concurrency = 4,
+    per_topic: Annotated[int, typer.Option("--per-topic", help="Pairs for each topic.")] = 4,
+    words: Annotated[int, typer.Option("--words", help="Words to ask for, of both sides.")] = 50,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest words.")] = 0.8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Longest answer, in tokens (default: three for each word).")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    dry_run: CostOnly = False,
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a model draft pairs of answers, one from each side, by prompts that differ in one word."""
+    from politune.training.signals import caught
+
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
+        from politune.selection import synth
+        from politune.selection.answering import Asking
+
+        result = synth.synth(
+            topics,
+            Asking(model, endpoint, endpoint_model, key_env, concurrency, price_in, price_out, offline),
+            per_topic=per_topic,
+            seed=seed,
+            temperature=temperature,
+            words=words,
+            max_new_tokens=max_new_tokens,
+            output=output,
+            dry_run=dry_run,
+            show=_show_cost(quiet),
+            say=_say(quiet),
+        )
+    report.show(result, as_json=json)
+
+
+def _show_cost(quiet: bool) -> Callable[[Any], None]:
+    return lambda cost: None if quiet else report.show(cost, as_json=False, file=sys.stderr)
+
+
 @app.command("doctor")
 def doctor_command(
     output_dir: Annotated[

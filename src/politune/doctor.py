@@ -141,6 +141,9 @@ def _logins() -> Iterator[Finding]:
     where = "WANDB_API_KEY" if os.environ.get("WANDB_API_KEY") else "netrc" if knows_wandb() else ""
     advice = "runs with --use_wandb are kept offline: `wandb login`"
     yield Finding("Weights & Biases login", "ok" if where else "note", where or "none", "" if where else advice)
+    where = "OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else ""
+    advice = "`politune data` needs one for an endpoint elsewhere; --key-env names another variable"
+    yield Finding("endpoint key", "ok" if where else "note", where or "none", "" if where else advice)
 
 
 def _hub_login() -> str:

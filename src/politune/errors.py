@@ -22,7 +22,8 @@ import unicodedata
 from pathlib import Path
 
 MAX_FOREIGN_CHARACTERS = 200
-LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+LOGINS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"]
+"""Environment variables whose values are never repeated; a command adds the one that it is told of."""
 _TOKEN = re.compile(r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|(?<=://)[^/\s]+(?=@)")
 """A token of the Hub wherever it stands, and what an address says of who asks: `https://user:password@host`."""
 

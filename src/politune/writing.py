@@ -1,5 +1,6 @@
 """Text files that are there whole or not at all."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -22,6 +23,24 @@ def write_whole(path: Path, text: str) -> None:
         sync(path.parent)
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
+        raise
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Adds text to the end of a file and waits until the disk has it.
+
+    Raises:
+        OSError: the disk is full or gone; nothing was added.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # half a text must not become the beginning of the next one
+            os.truncate(path, size)
         raise
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["preview", "doctor"],
     ["lean"],
     ["inspection"],
+    ["selection"],
     ["training"],
     ["study"],
     ["cli"],
@@ -99,6 +100,7 @@ def test_light_modules_import_nothing_heavy() -> None:
         "pyarrow",
         "huggingface_hub",
         "safetensors",
+        "httpx",
     ]
     code = f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\n"
     code += f"print([name for name in {heavy!r} if name in sys.modules])"

@@ -4,9 +4,7 @@ A file holds one JSON object per line. Rows are appended in blocks, and a block'
 process left half written is dropped, and its block is measured anew.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from politune.errors import DataError, OutputError, safe
 from politune.lean.prompts import Asker, Condition, Persona
-from politune.writing import write_whole
+from politune.writing import append_whole, write_whole
 
 State: TypeAlias = Literal["base", "tuned"]
 
@@ -100,15 +98,9 @@ class Journal:
         self.rows[block] = list(rows)
         if self.path is None:
             return
-        size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("ab") as file:
-                file.write("".join(_lines(block, rows)).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append_whole(self.path, "".join(_lines(block, rows)))
         except OSError as error:
-            with contextlib.suppress(OSError):  # half a block must not become the beginning of the next one
-                os.truncate(self.path, size)
             raise OutputError(
                 f"cannot write {safe(self.path)}", why=error.strerror, fix="make room and run the same command again"
             ) from error
