@@ -16,6 +16,7 @@ from politune.data.pairs import find_similar
 from politune.data.scan import MARKS, REASONS, AnyRow, Scan, rows_at, whole_text
 from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
 from politune.data.shown import find_rows, parts_of, render_median
+from politune.data.sources import named_generators
 from politune.data.words import mixed
 from politune.record import generator_note
 from politune.report import Bars
@@ -69,7 +70,7 @@ def _measure(
     similar = find_similar(scan, firsts)
     names, are_named = topic_words.name_topics([_prompt(row) for row in sample], [each.topic for each in facts.sample])
     usable, forensics = _examine(sample)
-    generator = _generator(scan)
+    generator = scan.source.generator or named_generators(facts.generators.elements())
     languages, two = _languages(sample)
     return DataAudit(
         name=scan.source.name,
@@ -118,11 +119,6 @@ def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
     if len({pair.prompt for pair in pairs}) < FEWEST_PROMPTS:
         return usable, None
     return usable, examine(pairs)
-
-
-def _generator(scan: Scan) -> str | None:
-    named = [name for name, _ in scan.facts.generators.most_common(5)]
-    return ", ".join(named) if named else scan.source.generator
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

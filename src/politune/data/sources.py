@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -28,6 +29,7 @@ REFUSED = (
     ".pkl", ".pt", ".py", ".rar", ".safetensors", ".sqlite", ".tar", ".tgz", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml",
     ".xz", ".yaml", ".yml", ".zip", ".zst",
 )  # fmt: skip
+MOST_GENERATORS = 5
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -229,9 +231,16 @@ def _of_split(source: Source, read: Read) -> Table:
         rows, lines = [rows[index] for index in keep], tuple(lines[index] for index in keep) if lines else None
     elif source.path and source.split != "train":
         raise without_splits(source)
+    generator = source.generator or named_generators(str(row["generator"]) for row in rows if row.get("generator"))
     return Table(
-        read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, source.generator, lines, others
+        read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, generator, lines, others
     )
+
+
+def named_generators(names: Iterable[str]) -> str | None:
+    """Who or what wrote the rows by their own account: the most frequent names; None where no row says it."""
+    counts = Counter(names)
+    return ", ".join(safe(name, 60) for name, _ in counts.most_common(MOST_GENERATORS)) or None
 
 
 def without_splits(source: Source) -> ConfigError:
