@@ -190,7 +190,9 @@ def _topics(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Comp
     if all(audit.topics_are_named for audit in audits):
         counts = [scan.facts.topics for scan in scans]
     else:
-        samples = [[each.row.prompt[-1]["content"] for each in scan.facts.sample] for scan in scans]
+        samples = [
+            [each.row.prompt[-1]["content"] for each in scan.facts.sample[: topics.MOST_PROMPTS]] for scan in scans
+        ]
         names, _ = topics.name_topics(
             [prompt for sample in samples for prompt in sample], [""] * sum(map(len, samples))
         )

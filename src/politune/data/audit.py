@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from politune.data.findings import DataAudit, Leak, Lengths, Longer, Marks, Toke
 from politune.data.format import Encoded, PreferenceRow, encode, prompt_key, unusable
 from politune.data.languages import UNCLEAR, languages_of
 from politune.data.pairs import find_similar
-from politune.data.scan import MARKS, REASONS, AnyRow, Scan, rows_at, whole_text
+from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, rows_at, whole_text
 from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
 from politune.data.shown import find_rows, parts_of, render_median
 from politune.data.sources import named_generators
 from politune.data.words import mixed
+from politune.data.workers import in_order
 from politune.record import generator_note
 from politune.report import Bars
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HISTOGRAM_BARS = 10
-LANGUAGE_ROWS = 1000
+LANGUAGE_ROWS = 500
+ROWS_WORTH_A_PROCESS = 1000
 MOST_TOKENISED = 20_000
 """Rows that are counted in tokens beside those of the sample: such as could be too long, by their bytes."""
 
@@ -68,10 +70,8 @@ def _measure(
     in_tokens = [[len(item.prompt_ids), *map(len, item.completions)] for item in encoded]
     keys, firsts = distinct(scan)
     similar = find_similar(scan, firsts)
-    names, are_named = topic_words.name_topics([_prompt(row) for row in sample], [each.topic for each in facts.sample])
-    usable, forensics = _examine(sample)
+    (names, are_named), (usable, forensics), (languages, two) = _look_closely(facts.sample)
     generator = scan.source.generator or named_generators(facts.generators.elements())
-    languages, two = _languages(sample)
     return DataAudit(
         name=scan.source.name,
         method=method,
@@ -110,6 +110,25 @@ def _measure(
         example=render_median(sample, encoded, tokenizer),
         shown=tuple(find_rows(scan, [sample[number] for number in usable], forensics, similar)),
     )
+
+
+def _look_closely(sample: Sequence[Sampled]) -> list[Any]:
+    """(topics, and whether the rows name them), (usable rows, forensics), (languages, rows with two): each in a process of its
+    own, where there is enough to do."""
+    rows = [each.row for each in sample]
+    some = sample[: topic_words.MOST_PROMPTS]
+    topics = ([_prompt(each.row) for each in some], [each.topic for each in some])
+    tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (topic_words.name_topics, topics),
+        (_examine, (rows,)),
+        (_languages, (rows[:LANGUAGE_ROWS],)),
+    ]
+    return list(in_order(_call, tasks, 1 if len(sample) < ROWS_WORTH_A_PROCESS else None))
+
+
+def _call(task: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    function, arguments = task
+    return function(*arguments)
 
 
 def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
@@ -271,9 +290,8 @@ def _round_up(width: float) -> int:
         scale *= 10
 
 
-def _languages(sample: Sequence[AnyRow]) -> tuple[tuple[tuple[str, int], ...], int]:
+def _languages(rows: Sequence[AnyRow]) -> tuple[tuple[tuple[str, int], ...], int]:
     """(rows by language, the most frequent first; rows whose two answers are of two languages)."""
-    rows = sample[:LANGUAGE_ROWS]
     sides = [languages_of([row.completions[side] for row in rows]) for side in range(len(rows[0].completions))]
     whole = languages_of([whole_text(row) for row in rows])
     two = sum(len({*of} - {UNCLEAR}) > 1 for of in zip(*sides, strict=True))

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from politune.data.features import FUNCTION_WORDS, WORD
 from politune.data.workers import one_thread
 
-FEWEST_PROMPTS = 50
+FEWEST_PROMPTS, MOST_PROMPTS = 50, 2000
+"""Fewer are not grouped; of a larger sample so many are."""
 MOST_TOPICS = 10
 ROWS_OF_A_TOPIC = 25
 """Prompts that a group needs on average, for it to be one."""
 DIMENSIONS = 50
 NAMING_WORDS = 4
+FEWEST_OF_A_NAME = 3
+"""Prompts that a word has to stand in, to name a group."""
 PRIOR_WORDS = 500.0
 """What the prior is worth, in words."""
 SEED = 0
@@ -82,9 +85,12 @@ def _names(prompts: Sequence[str], groups: Sequence[int]) -> dict[int, str]:
     for prompt, group in zip(prompts, groups, strict=True):
         counts[group].update(set(content_words(prompt)))
     together = sum(counts.values(), Counter[str]())
+    common = {word for word, count in together.items() if count >= FEWEST_OF_A_NAME}
     names: dict[int, str] = {}
     for group, words in sorted(counts.items()):
-        best = words_apart(words, together - words)[:NAMING_WORDS]
+        here = Counter({word: count for word, count in words.items() if word in common})
+        there = Counter({word: together[word] - here[word] for word in common})
+        best = words_apart(here, there)[:NAMING_WORDS]
         names[group] = ", ".join(each.word for each in best if each.z > 0) or OTHER
     return names
 
