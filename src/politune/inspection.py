@@ -37,7 +37,8 @@ class InspectReport:
     def headline(self) -> str:
         first = self.datasets[0]
         if self.arms:
-            return f"{' and '.join(safe(name, 60) for name in self.arms.names)}: matched {self.arms.verdict}"
+            names = " and ".join(safe(name, 60) for name in self.arms.names)
+            return f"are {names} matched? {self.arms.verdict}"
         said = first.findings[0].text if first.findings else "nothing stands out"
         return f"{first.rows:,} {first.kind} in {safe(first.name)}: {said}"
 

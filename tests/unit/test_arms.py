@@ -51,7 +51,7 @@ def test_twins_are_matched(tmp_path: Path) -> None:
     found = compared(tmp_path, rows("a", 1), rows("b", 2))
     assert found.arms is not None
     assert found.arms.unmatched == ()
-    assert found.headline.endswith("matched in all that was compared, up to chance and tolerance")
+    assert found.headline.endswith("matched? yes, in all that was compared, up to chance and tolerance")
     assert not [finding for finding in found.findings if finding.question == "arms"]
 
 

@@ -64,7 +64,7 @@ class Arms:
     @property
     def verdict(self) -> str:
         if not self.unmatched:
-            return "in all that was compared, up to chance and tolerance"
+            return "yes, in all that was compared, up to chance and tolerance"
         named = "; ".join(f"{line.what} ({' against '.join(line.values)})" for line in self.unmatched[:4])
         more = f"; and {len(self.unmatched) - 4} more" if len(self.unmatched) > 4 else ""
         return f"no: they differ in {named}{more}"

@@ -164,7 +164,7 @@ class DataAudit:
             finding for finding in self.findings if finding.question == question and finding.weight > WORTH_KNOWING
         ]
         if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            more = f"; findings of this kind: {len(found)}" if len(found) > 1 else ""
             return f"{found[0].text}{more}"
         return {"trains": self._trains, "content": self._content, "leaks": self._no_leak}.get(
             question, self._no_shortcut
