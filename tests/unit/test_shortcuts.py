@@ -170,3 +170,20 @@ def test_few_prompts_say_nothing() -> None:
 def test_every_text_has_every_feature(text: str) -> None:
     for feature in FEATURES:
         assert np.isfinite(feature.measure(Text(text))), feature.name
+
+
+def test_points_in_turn_are_random_signs_where_nothing_is_to_learn() -> None:
+    """1,000 sets of 100 rows whose sides are alike: their z has a variance of 1; that of points by all other folds has more."""
+    import numpy as np
+
+    draw = random.Random(0)
+    folds = np.arange(100) % 10
+    in_turn, held_out = [], []
+    for _ in range(1000):
+        chosen, rejected = (draw.choices("abcdefghij", k=100) for _ in range(2))
+        for splits, found in ((shortcuts._in_turn(folds), in_turn), (shortcuts._held_out(folds), held_out)):
+            points = shortcuts._by_category(chosen, rejected, splits)
+            found.append(points.sum() / np.sqrt((points**2).sum()))
+    assert np.var(in_turn) == pytest.approx(1, abs=0.15)
+    assert np.mean(np.array(in_turn) > 1.645) == pytest.approx(0.05, abs=0.02)
+    assert np.var(held_out) > 1.5

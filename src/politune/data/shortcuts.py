@@ -9,6 +9,10 @@ Intervals are Wilson's (E. B. Wilson 1927, JASA 22) with an effective number of 
 the variance is that of sums over prompts, n_eff = p(1 - p) / var(p) (as in Korn & Graubard 1998, Survey Methodology 24). The
 test against 0.5 divides the sum over prompts by the root of its sum of squares, which under exchangeable sides is a sum of
 random signs; p-values are Holm's (1979, Scandinavian Journal of Statistics 6) over all features.
+
+What learns is tested by other points than it is judged by: each fold's by what the folds before it taught (progressive
+validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
+others' labels, and their sum is more often large than a sum of random signs is; those in turn are martingale differences.
 """
 
 import hashlib
@@ -17,7 +21,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.data.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
 from politune.data.workers import one_thread
@@ -26,6 +31,9 @@ from politune.report import Intervals, Lines, Section, Table
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+Split: TypeAlias = "tuple[NDArray[np.intp], NDArray[np.intp]]"
+"""Numbers of the rows that teach, and of those that are judged."""
 
 FOLDS = 10
 FEWEST_PROMPTS = 50
@@ -179,8 +187,8 @@ def examine(pairs: Sequence[Pair]) -> Forensics:
     chosen, rejected = [Text(pair.chosen) for pair in pairs], [Text(pair.rejected) for pair in pairs]
     points_of_numbers, found = _measured(chosen, rejected, groups)
     fitted, differences = _fitted(chosen, rejected, folds)
-    for name, (sentence, points) in fitted.items():
-        found.append(_shortcut(name, sentence, points, groups, is_fitted=True))
+    for name, (sentence, points, in_turn) in fitted.items():
+        found.append(_shortcut(name, sentence, points, groups, in_turn=in_turn))
     found = _holm(found)
     words = found[-1].estimate
     balanced, names = _balanced(found[: len(FEATURES)], points_of_numbers, differences, groups, folds)
@@ -209,21 +217,28 @@ def _measured(
         direction = 1 if signs.sum() >= 0 else -1
         points[:, index] = direction * signs
         sentence = feature.more if direction > 0 else feature.less
-        found.append(_shortcut(feature.name, sentence, points[:, index], groups, is_fitted=False))
+        found.append(_shortcut(feature.name, sentence, points[:, index], groups))
     return points, found
 
 
-def _shortcut(name: str, sentence: str, points: "NDArray[Any]", groups: "NDArray[Any]", *, is_fitted: bool) -> Shortcut:
-    """From +1 where the feature points to the chosen side, -1 to the other and 0 where it does not tell; p is not adjusted."""
+def _shortcut(
+    name: str, sentence: str, points: "NDArray[Any]", groups: "NDArray[Any]", *, in_turn: "NDArray[Any] | None" = None
+) -> Shortcut:
+    """From +1 where the feature points to the chosen side, -1 to the other and 0 where it does not tell; p is not adjusted.
+
+    Args:
+        in_turn: of a feature that learns, where it points by what came before: what it is tested by.
+    """
     import numpy as np
 
-    values = points.astype(float) / 2
-    sums = np.bincount(groups, values)
+    is_fitted = in_turn is not None
+    sums = np.bincount(groups, in_turn if is_fitted else points.astype(float))
     spread = math.sqrt(float((sums**2).sum()))
     z = float(sums.sum()) / spread if spread else 0.0
     # One that is fitted may only be right; the direction of a number is chosen after the look.
     p = math.erfc(z / math.sqrt(2)) / 2 if is_fitted else math.erfc(abs(z) / math.sqrt(2))
-    return Shortcut(name, sentence, estimate(values + 0.5, groups), float((points != 0).mean()), p, is_fitted)
+    judged = estimate(points.astype(float) / 2 + 0.5, groups)
+    return Shortcut(name, sentence, judged, float((points != 0).mean()), p, is_fitted)
 
 
 def estimate(values: "NDArray[Any]", groups: "NDArray[Any]", weights: "NDArray[Any] | None" = None) -> Estimate:
@@ -272,30 +287,49 @@ def _holm(found: Sequence[Shortcut]) -> list[Shortcut]:
 
 def _fitted(
     chosen: Sequence[Text], rejected: Sequence[Text], folds: "NDArray[Any]"
-) -> tuple[dict[str, tuple[str, "NDArray[Any]"]], Any]:
-    """By the feature's name (what completes "chosen ...", where it points on prompts that it did not learn from); and the
-    differences in words and pairs of words."""
+) -> tuple[dict[str, tuple[str, "NDArray[Any]", "NDArray[Any]"]], Any]:
+    """By the feature's name (what completes "chosen ...", where it points on prompts that it did not learn from, where by what
+    the folds before taught); and the differences in words and pairs of words."""
     openings: dict[str, Callable[[Text], str]] = {
         "opening word": lambda text: " ".join(text.words[:1]),
         "opening three words": lambda text: " ".join(text.words[:3]),
         "closing word": lambda text: " ".join(text.words[-1:]),
         "opening and closing mark": lambda text: _edge(text.raw[:1]) + _edge(text.raw[-1:]),
     }
-    pointed = {
-        name: (f"has another {name}", _by_category(list(map(of, chosen)), list(map(of, rejected)), folds))
+    differences, names = _differences(chosen, rejected)
+    words = _columns(differences, [" " not in name for name in names])
+    function_words = _columns(differences, [name in FUNCTION_WORD_SET for name in names])
+    learners: dict[str, tuple[str, Callable[[Sequence[Split]], NDArray[Any]]]] = {
+        name: (f"has another {name}", partial(_by_category, list(map(of, chosen)), list(map(of, rejected))))
         for name, of in openings.items()
     }
-    differences, names = _differences(chosen, rejected)
-    is_pair = [" " in name for name in names]
-    words = _columns(differences, [not pair for pair in is_pair])
-    pointed["function words"] = (
-        "has other function words",
-        _by_words(_columns(differences, [name in FUNCTION_WORD_SET for name in names]), folds),
-    )
-    pointed["the most telling word"] = ("has or lacks it", _by_one_word(words, folds))
-    pointed["words"] = ("has other words", _by_words(words, folds))
-    pointed["words and pairs of words"] = ("has other words and pairs of words", _by_words(differences, folds))
-    return pointed, differences
+    learners |= {
+        "function words": ("has other function words", partial(_by_words, function_words)),
+        "the most telling word": ("has or lacks it", partial(_by_one_word, words)),
+        "words": ("has other words", partial(_by_words, words)),
+        "words and pairs of words": ("has other words and pairs of words", partial(_by_words, differences)),
+    }
+    held_out, in_turn = _held_out(folds), _in_turn(folds)
+    return {
+        name: (sentence, learn(held_out), learn(in_turn)) for name, (sentence, learn) in learners.items()
+    }, differences
+
+
+def _held_out(folds: "NDArray[Any]") -> list[Split]:
+    """Each fold, to be judged by what the others teach."""
+    return _split(folds, lambda fold: folds != fold)
+
+
+def _in_turn(folds: "NDArray[Any]") -> list[Split]:
+    """Each fold, to be judged by what the ones before it teach."""
+    return _split(folds, lambda fold: folds < fold)
+
+
+def _split(folds: "NDArray[Any]", teaches: Callable[[int], Any]) -> list[Split]:
+    import numpy as np
+
+    found = [(np.flatnonzero(teaches(fold)), np.flatnonzero(folds == fold)) for fold in range(FOLDS)]
+    return [(learned, asked) for learned, asked in found if len(learned) > 1 and len(asked)]
 
 
 def _columns(differences: Any, wanted: Sequence[bool]) -> Any:
@@ -312,13 +346,13 @@ def _edge(character: str) -> str:
     return "a" if re.match(r"\w", character) else character
 
 
-def _by_category(chosen: Sequence[str], rejected: Sequence[str], folds: "NDArray[Any]") -> "NDArray[Any]":
-    """Points by the log odds of each text's category among the other folds' texts, with one added to every count."""
+def _by_category(chosen: Sequence[str], rejected: Sequence[str], splits: Sequence[Split]) -> "NDArray[Any]":
+    """Points by the log odds of each text's category among the texts that teach, with one added to every count."""
     import numpy as np
 
     points = np.zeros(len(chosen))
-    for fold in range(FOLDS):
-        learned, asked = np.flatnonzero(folds != fold).tolist(), np.flatnonzero(folds == fold).tolist()
+    for teaching, judged in splits:
+        learned, asked = teaching.tolist(), judged.tolist()
         more, less = Counter(chosen[row] for row in learned), Counter(rejected[row] for row in learned)
         odds = {each: math.log((more[each] + 1) / (less[each] + 1)) for each in {*chosen, *rejected}}
         for row in asked:
@@ -347,14 +381,13 @@ def _differences(chosen: Sequence[Text], rejected: Sequence[Text]) -> tuple[Any,
     return differences[:, telling], counter.get_feature_names_out()[telling].tolist()
 
 
-def _by_one_word(differences: Any, folds: "NDArray[Any]") -> "NDArray[Any]":
-    """Points by the word that stands most unevenly on the sides of the other folds: the largest sum of signs over its root."""
+def _by_one_word(differences: Any, splits: Sequence[Split]) -> "NDArray[Any]":
+    """Points by the word that stands most unevenly on the sides that teach: the largest sum of signs over its root."""
     import numpy as np
 
     points = np.zeros(differences.shape[0])
-    for fold in range(FOLDS):
-        asked = folds == fold
-        learned = differences[~asked]
+    for teaching, asked in splits:
+        learned = differences[teaching]
         sums = np.asarray(learned.sum(axis=0)).ravel()
         uneven = sums / np.sqrt(np.maximum(1, np.asarray(abs(learned).sum(axis=0)).ravel()))
         word = int(np.argmax(np.abs(uneven)))
@@ -362,21 +395,18 @@ def _by_one_word(differences: Any, folds: "NDArray[Any]") -> "NDArray[Any]":
     return points
 
 
-def _by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | None" = None) -> "NDArray[Any]":
+def _by_words(differences: Any, splits: Sequence[Split], weights: "NDArray[Any] | None" = None) -> "NDArray[Any]":
     """Points by a logistic regression without intercept, each of whose rows is turned round or not by its number."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
     rows = differences.shape[0]
-    turned = np.where(np.arange(rows) % 2, -1.0, 1.0)
     points = np.zeros(rows)
-    for fold in range(FOLDS):
-        learned, asked = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        if not len(asked):
-            continue
-        seen = differences[learned].multiply(turned[learned, None]).tocsr()
+    for learned, asked in splits:
+        turned = np.where(np.arange(len(learned)) % 2, -1.0, 1.0)
+        seen = differences[learned].multiply(turned[:, None]).tocsr()
         model = LogisticRegression(C=STRENGTH, fit_intercept=False, max_iter=200, tol=1e-3)
-        model.fit(seen, turned[learned], None if weights is None else weights[learned] * rows)
+        model.fit(seen, turned, None if weights is None else weights[learned] * rows)
         points[asked] = np.sign(np.round(differences[asked] @ model.coef_[0], 9))
     return points
 
@@ -399,7 +429,7 @@ def _balanced(
     weights = balancing_weights(points_of_numbers[:, found])
     if weights is None:
         return None, names
-    points = _by_words(differences, folds, weights)
+    points = _by_words(differences, _held_out(folds), weights)
     return estimate(points / 2 + 0.5, groups, weights), names
 
 
