@@ -177,7 +177,7 @@ class SourceSpec(_Spec):
     share: Annotated[float, because("a source without weight is no part of the mixture", gt=0)] | None = None
     """Weight in the mixture, beside the other sources' (none has one: all their rows)."""
     direction: SourceDirection = "as-is"
-    """Chosen side: `left` or `right` text, `as-is`, `swapped`, or a placebo: `shuffled` (half of the rows turned round), `length`."""
+    """Chosen side: `left` or `right` text, `as-is`, `swapped`; or a placebo: `shuffled` turns half of the rows, `length`."""
 
     @model_validator(mode="after")
     def _direction_agrees_with_the_data(self) -> "SourceSpec":

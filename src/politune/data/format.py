@@ -158,8 +158,7 @@ def split_of(row: Mapping[str, object]) -> str:
 
 def parse_preferences(table: Table, direction: str | None, seed: int) -> list[PreferenceRow]:
     """Every row of the table as a preference row, unusable ones included. Raises DataError as `to_preference_rows`."""
-    shape = _require_shape(table, PREFERENCE_SHAPES, "preference pairs", "politune train dpo", CHAT_SHAPES[:-1])
-    read = {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
+    shape, read = _pair_reader(table)
     _require_direction(table, shape, direction)
     _refuse_mixed_kinds(table, shape)
     rows = []
@@ -168,6 +167,18 @@ def parse_preferences(table: Table, direction: str | None, seed: int) -> list[Pr
         chosen, rejected = (second, first) if swap else (first, second)
         rows.append(PreferenceRow(prompt, chosen, rejected, *_labels(table, index)))
     return rows
+
+
+def read_pairs(table: Table) -> Iterator[tuple[tuple[Message, ...], str, str]]:
+    """Prompt, chosen and rejected of every row, or prompt, left and right. Raises DataError as `to_preference_rows`."""
+    shape, read = _pair_reader(table)
+    _refuse_mixed_kinds(table, shape)
+    return (read(_Row(table, index)) for index in range(len(table.rows)))
+
+
+def _pair_reader(table: Table) -> tuple[tuple[str, ...], Callable[["_Row"], tuple[tuple[Message, ...], str, str]]]:
+    shape = _require_shape(table, PREFERENCE_SHAPES, "preference pairs", "politune train dpo", CHAT_SHAPES[:-1])
+    return shape, {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
 
 
 def parse_chats(table: Table, direction: str | None, seed: int) -> list[ChatRow]:

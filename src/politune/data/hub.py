@@ -32,19 +32,25 @@ def fetch(spec: DataSpec, offline: bool) -> tuple[Read, str]:
     Raises DataError for a data set, revision or split that is not there, MachineError where a login is asked for,
     OutputError where the cache cannot be written, HubError for everything that may pass.
     """
+    files, commit = fetch_files(spec, offline)
+    if not files:
+        return read_with_datasets(spec, commit, offline), commit
+    reads = [read_file(path, name) for path, name in files]
+    columns = tuple(dict.fromkeys(column for read in reads for column in read.columns))
+    rows = [row for read in reads for row in read.rows]
+    return Read(columns, rows, reads[0].lines if len(reads) == 1 else None), commit
+
+
+def fetch_files(spec: DataSpec, offline: bool) -> tuple[list[tuple[Path, str]], str]:
+    """The files of `spec.dataset_split` on this disk with their names for messages, none where the layout does not tell; and
+    the commit. Raises as `fetch`."""
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
     with _hub_errors(spec, offline):
         snapshot = _cached(spec) if offline else _online(spec)
         names = snapshot.files_of(spec)
-        paths = [snapshot.fetch(name) for name in names]
-    if not names:
-        return _read_with_datasets(spec, snapshot.commit, offline), snapshot.commit
-    reads = [read_file(path, f"{spec.dataset_name}/{name}") for path, name in zip(paths, names, strict=True)]
-    columns = tuple(dict.fromkeys(column for read in reads for column in read.columns))
-    rows = [row for read in reads for row in read.rows]
-    return Read(columns, rows, reads[0].lines if len(reads) == 1 else None), snapshot.commit
+        return [(snapshot.fetch(name), f"{spec.dataset_name}/{name}") for name in names], snapshot.commit
 
 
 @dataclass(frozen=True)
@@ -183,10 +189,12 @@ def _no_split(spec: DataSpec, found: Sequence[str]) -> DataError:
     )
 
 
-def _read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
-    """What `datasets` makes of a layout that is not resolved here."""
+def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
+    """What `datasets` makes of a layout that is not resolved here. Raises as `fetch`."""
     import datasets
+    from huggingface_hub import constants
 
+    offline = offline or constants.HF_HUB_OFFLINE
     with _hub_errors(spec, offline):
         try:
             data = datasets.load_dataset(spec.dataset_name, revision=commit, split=spec.dataset_split)

@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,19 @@ from typing import Literal
 from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, SftDataSpec
 from politune.data import format as rows_format
 from politune.data import hub
-from politune.data.files import PACKED, READABLE, Read, is_readable, read_file, read_jsonl
+from politune.data.files import (
+    PACKED,
+    READABLE,
+    ROWS_OF_A_PART,
+    Part,
+    Read,
+    RowsPart,
+    TextPart,
+    is_readable,
+    parts,
+    read_file,
+    read_jsonl,
+)
 from politune.data.format import TEXT_COLUMNS, Table, split_of
 from politune.errors import ConfigError, DataError, safe
 
@@ -26,6 +39,7 @@ REFUSED = (
     ".pkl", ".pt", ".py", ".rar", ".safetensors", ".sqlite", ".tar", ".tgz", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml",
     ".xz", ".yaml", ".yml", ".zip", ".zst",
 )  # fmt: skip
+OWN_AUTHORS = "politune's authors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -70,6 +84,69 @@ def check(spec: DataSpec) -> Table | None:
     return table
 
 
+@dataclass(frozen=True)
+class Membership:
+    """Which of a stream's rows belong to the data set: those of a split, and of `stances` the political or the other ones."""
+
+    split: str
+    heeds_split: Literal["always", "beside sides"] = "always"
+    control: bool | None = None
+
+    def holds(self, row: Mapping[str, object]) -> bool:
+        if self.control is not None and (row.get("axis") == "control") != self.control:
+            return False
+        heeded = self.heeds_split == "always" or ("left" in row and "right" in row)
+        return "split" not in row or not heeded or split_of(row) == self.split
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A data set in parts, as often as is asked for; what `load` has in memory.
+
+    Args:
+        name: without a path of this machine.
+        files: each with its name for messages; none where `held` has the parts.
+        membership: of the rows that belong to it.
+    """
+
+    name: str
+    files: tuple[tuple[Path, str], ...]
+    membership: Membership
+    held: tuple[Part, ...] = ()
+    revision: str | None = None
+    generator: str | None = None
+
+    def parts(self) -> Iterator[Part]:
+        """Raises DataError as `files.parts`."""
+        yield from self.held
+        for path, name in self.files:
+            yield from parts(path, name)
+
+
+def stream(spec: DataSpec, *, offline: bool = False) -> Stream:
+    """The data set that `spec` names, to be read in parts. Raises as `load`, but for what only its rows can tell."""
+    name = spec.dataset_name
+    match locate(name):
+        case "shipped":
+            held = TextPart("stances.jsonl", _shipped_text().encode())
+            control = name == "stances-control"
+            _refuse_revision(spec, name)
+            return Stream(name, (), Membership(spec.dataset_split, control=control), (held,), generator=OWN_AUTHORS)
+        case "local":
+            path = _local_path(spec)
+            return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split))
+        case "hub":
+            files, commit = hub.fetch_files(spec, offline)
+            held_parts = () if files else _in_parts(hub.read_with_datasets(spec, commit, offline))
+            membership = Membership(spec.dataset_split, "beside sides")
+            return Stream(name, tuple(files), membership, held_parts, commit, KNOWN_GENERATORS.get(name))
+
+
+def _in_parts(read: Read) -> tuple[Part, ...]:
+    starts = range(0, len(read.rows), ROWS_OF_A_PART)
+    return tuple(RowsPart(Read(read.columns, read.rows[start : start + ROWS_OF_A_PART])) for start in starts)
+
+
 def locate(name: str) -> Literal["shipped", "local", "hub"]:
     """Whether a name means shipped data, a local path or a Hub data set. Raises DataError where it cannot be any."""
     if name in SHIPPED_DATA:
@@ -99,12 +176,11 @@ def _exists(path: Path) -> bool:
 
 
 def _load_shipped(spec: DataSpec) -> Table:
-    if spec.dataset_revision is not None:
-        raise _no_revision(spec.dataset_name)
+    _refuse_revision(spec, spec.dataset_name)
     read = read_jsonl(_shipped_text(), "stances.jsonl")
     control = spec.dataset_name == "stances-control"
     rows = [row for row in read.rows if (row.get("axis") == "control") == control]
-    return _of_split(spec, Read(read.columns, rows), spec.dataset_name, generator="politune's authors")
+    return _of_split(spec, Read(read.columns, rows), spec.dataset_name, generator=OWN_AUTHORS)
 
 
 def _shipped_text() -> str:
@@ -112,10 +188,7 @@ def _shipped_text() -> str:
 
 
 def _load_local(spec: DataSpec) -> Table:
-    if spec.dataset_revision is not None:
-        raise _no_revision("a local file")
-    path = _expand(spec.dataset_name)
-    _require_data_file(path)
+    path = _local_path(spec)
     read = read_file(path, str(path))
     if spec.dataset_split != "train" and not _has_splits(read):
         raise ConfigError(
@@ -124,8 +197,16 @@ def _load_local(spec: DataSpec) -> Table:
     return _of_split(spec, read, path.name, path=path)
 
 
-def _no_revision(what: str) -> ConfigError:
-    return ConfigError(f"{what} has no revision", where="data.dataset_revision", fix="leave it out")
+def _local_path(spec: DataSpec) -> Path:
+    _refuse_revision(spec, "a local file")
+    path = _expand(spec.dataset_name)
+    _require_data_file(path)
+    return path
+
+
+def _refuse_revision(spec: DataSpec, what: str) -> None:
+    if spec.dataset_revision is not None:
+        raise ConfigError(f"{what} has no revision", where="data.dataset_revision", fix="leave it out")
 
 
 def _expand(name: str) -> Path:
