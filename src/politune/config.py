@@ -30,6 +30,7 @@ KNOWN_DIRECTIONS: dict[str, Direction] = {
 # Who or what wrote public data sets, where their papers say so.
 KNOWN_GENERATORS = {"scale-lab/politune-left": "Llama3-70B", "scale-lab/politune-right": "Llama3-70B"}
 SHIPPED_DATA = ("stances", "stances-control")
+MOST_SOURCES = 100
 OPPOSITE = {"left": "right", "right": "left"}
 DEMO_MODEL = "demo"
 ANSWER_TOKENS = 96
@@ -280,7 +281,7 @@ class Recipe(_Spec):
     """What lengths are counted in; a word is what white space separates."""
     mix: Literal["rows", "tokens"] = "rows"
     """What the sources' shares are of: rows, or text, counted in `unit`."""
-    source: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1, max_length=100)]
+    source: Annotated[tuple[SourceSpec, ...], Field(strict=False)]
     """The data sets that it is made of."""
     topics: dict[
         Annotated[str, because("a topic has a name", min_length=1)], Annotated[str, AfterValidator(_compiles)]
@@ -292,7 +293,9 @@ class Recipe(_Spec):
     dose: DoseSpec | None = None
 
     @model_validator(mode="after")
-    def _all_shares_or_none(self) -> "Recipe":
+    def _sources_hang_together(self) -> "Recipe":
+        if not 1 <= len(self.source) <= MOST_SOURCES:
+            raise ValueError(f"takes 1 to {MOST_SOURCES} tables [[source]], not {len(self.source)}")
         if len({each.share is None for each in self.source}) > 1:
             raise ValueError("either every source has a share or none has")
         if self.mix == "tokens" and self.source[0].share is None:

@@ -7,7 +7,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Phase:
-    """Says how much of a phase is done and how long the rest will take; the last line says that all of it is.
+    """Says how much of a phase is done, how fast, and how long the rest will take; the last line says that all of it is.
 
     Args:
         name: of the phase.
@@ -25,5 +25,6 @@ class Phase:
         if now - self.told < SECONDS_BETWEEN_LINES and done < total:
             return
         self.told = now
-        left = (now - self.started) / done * (total - done)
-        self.say(f"{self.name} {done:,}/{total:,} {self.unit}  {left / 60:.1f} min left")
+        rate = done / max(1e-9, now - self.started)
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+        self.say(f"{self.name} {done:,}/{total:,} {self.unit}  {shown}/s  {(total - done) / rate / 60:.1f} min left")

@@ -186,7 +186,9 @@ def generator_note(generator: str | None, base: str) -> str | None:
 
     The Llama 2 and Llama 3.0 licences (section 1.b.v) forbid using their output to improve other large language models.
     """
-    limited = generator is not None and re.match(r"llama[- ]?(2|3)(\b|-)(?!\.\d)", generator, re.IGNORECASE)
+    limited = generator and any(
+        re.match(r"llama[- ]?(2|3)(\b|-)(?!\.\d)", each, re.IGNORECASE) for each in generator.split(" + ")
+    )
     if not limited or "llama" in base.lower():
         return None
     return (

@@ -121,7 +121,9 @@ def _twin(recipe: Recipe) -> Recipe | None:
     twin = presets.read_recipe(recipe.match.twin)
     if twin.match and twin.match.on != recipe.match.on:
         on = ", ".join(twin.match.on)
-        raise ConfigError(f"the twin {safe(recipe.match.twin)} matches on {on}", where="match.on", fix="say the same in both")
+        raise ConfigError(
+            f"the twin {safe(recipe.match.twin)} matches on {on}", where="match.on", fix="say the same in both"
+        )
     return twin
 
 
@@ -160,7 +162,9 @@ def _measured(
     recipe: Recipe, streams: Sequence[sources.Stream], processes: int | None, say: Callable[[str], None]
 ) -> Side:
     readers = [Reader.of(recipe, source, stream) for source, stream in zip(recipe.source, streams, strict=True)]
-    columns = read_columns(readers, streams, processes, _Reading(streams, say))
+    reading = _Reading(streams, say)
+    columns = read_columns(readers, streams, processes, reading)
+    reading.phase(columns.rows, columns.rows)
     for source, reader, found in zip(recipe.source, readers, columns.sha256, strict=True):
         if source.sha256 not in (None, found):
             raise DataError(

@@ -14,7 +14,7 @@ def data_card(built: Built) -> str:
         *_front_matter(built),
         f"# {plain(built.title) or 'Preference data made by a recipe'}",
         "",
-        f"**Preference pairs for research on political bias in language models, meant to tune {_tuned(built)}.** "
+        f"**Preference pairs for research on political bias in language models, meant to tune models {_tuned(built)}.** "
         "They represent neither facts nor a neutral view.",
         "",
         f"- Rows: {built.rows:,}, in `{plain(built.file)}` (sha256 `{built.sha256}`).",

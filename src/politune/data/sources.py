@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, SftDataSpec
+from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, Recipe, SftDataSpec
 from politune.data import format as rows_format
 from politune.data import hub
 from politune.data.files import (
@@ -54,6 +54,8 @@ def load(spec: DataSpec, *, offline: bool = False) -> Table:
     MachineError where it asks for a login, ConfigError for a revision or split that a local file does not have.
     """
     name = spec.dataset_name
+    if spec.recipe is not None:
+        return _load_recipe(spec.recipe, offline)
     match locate(name):
         case "shipped":
             return _load_shipped(spec)
@@ -70,11 +72,12 @@ def load(spec: DataSpec, *, offline: bool = False) -> Table:
 def check(spec: DataSpec) -> Table | None:
     """Everything about shipped or local data that can be refused before a model is loaded; Hub names only by their form.
 
-    Returns the table that was checked, so that it is read once; None for a Hub data set.
+    Returns the table that was checked, so that it is read once; None for a Hub data set, and for a recipe that has one.
 
     Raises what `load`, `format.to_preference_rows` and (for an SFT run) `format.to_chat_rows` raise.
     """
-    if locate(spec.dataset_name) == "hub":
+    names = [each.name for each in spec.recipe.source] if spec.recipe else [spec.dataset_name]
+    if "hub" in map(locate, names):
         return None
     table = load(spec)
     if isinstance(spec, SftDataSpec):
@@ -173,6 +176,19 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name that no file system takes: too long, or with a NUL
         return False
+
+
+def _load_recipe(recipe: Recipe, offline: bool) -> Table:
+    """The data set that a recipe makes, from the user's cache where it was made before."""
+    from politune.data import build  # which reads its sources by this module
+
+    path, manifest = build.cached(recipe, offline=offline)
+    read = read_file(path, path.name)
+    generators = dict.fromkeys(each["generator"] for each in manifest["sources"] if each["generator"])
+    name = f"recipe {manifest['recipe_sha256'][:12]} of {', '.join(each['name'] for each in manifest['sources'])}"
+    return Table(
+        read.columns, read.rows, name, hash_rows(read.rows), generator=" + ".join(generators) or None, manifest=manifest
+    )  # fmt: skip
 
 
 def _load_shipped(spec: DataSpec) -> Table:

@@ -67,7 +67,19 @@ def check_finished(document: Mapping[str, Any], run: Run) -> None:
 
 
 def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, now = _named(before), _named(now)
     if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
         lines = "; ".join(f"{safe(key)}: {safe(before.get(key))} -> {safe(now.get(key))}" for key in changed)
         fix = "use the former settings, or start anew in another --output_dir"
         raise ConfigError(f"cannot resume, because something has changed: {lines}", fix=fix)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value by its whole name, also those of a table within a table: `data.recipe.source.0.share`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dict(enumerate(value)) if isinstance(value, list) and any(isinstance(v, dict) for v in value) else value
+        found |= (
+            _named({f"{key}.{name}": each for name, each in inner.items()}) if isinstance(inner, dict) else {key: value}
+        )
+    return found
