@@ -169,13 +169,13 @@ class SourceSpec(_Spec):
     """Commit, tag or branch of the data set on the Hub."""
     split: Annotated[str, because("an empty name is no split", min_length=1)] = "train"
     """Split of a Hub data set, or of a file whose rows have a column `split`."""
-    sha256: Annotated[str, because("it has 64 hexadecimal digits", pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Annotated[str | None, because("it has 64 hexadecimal digits", pattern="^[0-9a-f]{64}$")] = None
     """SHA-256 of the rows, as `inspect-data` shows it; other rows are refused."""
     generator: str | None = None
     """Who or what wrote the rows, where it is not known of the data set."""
     licence: str | None = None
     """The rows' licence; stands in the data card."""
-    share: Annotated[float, because("a source without weight is no part of the mixture", gt=0)] | None = None
+    share: Annotated[float | None, because("a source without weight is no part of the mixture", gt=0)] = None
     """Weight in the mixture, beside the other sources' (none has one: all their rows)."""
     direction: SourceDirection = "as-is"
     """Chosen side: `left` or `right` text, `as-is`, `swapped`; or a placebo: `shuffled` turns half of the rows, `length`."""
@@ -191,7 +191,7 @@ class SourceSpec(_Spec):
             raise ValueError(f"only the split train of {self.name} is trained on; heldout is for reporting")
         if self.name in SHIPPED_DATA and self.direction in ("as-is", "swapped"):
             raise ValueError(
-                f"{self.name} holds a left and a right text per row: direction must be left or right, or a placebo"
+                f"{self.name} holds a left and a right text per row: direction must be left, right, shuffled or length"
             )
         return self
 
@@ -234,7 +234,7 @@ class FilterSpec(_Spec):
 
 
 class BalanceSpec(_Spec):
-    chosen_longer: Annotated[float, because("it is a share of the rows", ge=0, le=1)] | None = None
+    chosen_longer: Annotated[float | None, because("it is a share of the rows", ge=0, le=1)] = None
     """Share of the rows whose chosen answer is the longer one, a tie as half."""
     lengths: bool = False
     """For every size of the difference, as many rows whose chosen answer is longer as such whose is shorter."""
@@ -258,9 +258,9 @@ class MatchSpec(_Spec):
 
 
 class DoseSpec(_Spec):
-    fraction: Annotated[float, because("it is a share of the rows", gt=0, le=1)] | None = None
+    fraction: Annotated[float | None, because("it is a share of the rows", gt=0, le=1)] = None
     """Share of the rows that is written; smaller doses are part of larger ones."""
-    rows: Annotated[int, because("it is a count of rows", ge=1)] | None = None
+    rows: Annotated[int | None, because("it is a count of rows", ge=1)] = None
     """How many rows are written."""
 
     @model_validator(mode="after")
