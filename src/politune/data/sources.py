@@ -25,7 +25,6 @@ from politune.data.files import (
     Part,
     Read,
     RowsPart,
-    TextPart,
     is_readable,
     parts,
     read_file,
@@ -89,15 +88,12 @@ def check(spec: DataSpec) -> Table | None:
 
 @dataclass(frozen=True)
 class Membership:
-    """Which of a stream's rows belong to the data set: those of a split, and of `stances` the political or the other ones."""
+    """Which of a stream's rows belong to the data set: those of a split, where a column of that name is heeded."""
 
     split: str
     heeds_split: Literal["always", "beside sides"] = "always"
-    control: bool | None = None
 
     def holds(self, row: Mapping[str, object]) -> bool:
-        if self.control is not None and (row.get("axis") == "control") != self.control:
-            return False
         heeded = self.heeds_split == "always" or ("left" in row and "right" in row)
         return "split" not in row or not heeded or split_of(row) == self.split
 
@@ -131,10 +127,9 @@ def stream(spec: DataSpec, *, offline: bool = False) -> Stream:
     name = spec.dataset_name
     match locate(name):
         case "shipped":
-            held = TextPart("stances.jsonl", _shipped_text().encode())
-            control = name == "stances-control"
             _refuse_revision(spec, name)
-            return Stream(name, (), Membership(spec.dataset_split, control=control), (held,), generator=OWN_AUTHORS)
+            held = _in_parts(_shipped_rows(name))
+            return Stream(name, (), Membership(spec.dataset_split), held, generator=OWN_AUTHORS)
         case "local":
             path = _local_path(spec)
             return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split))
@@ -193,10 +188,13 @@ def _load_recipe(recipe: Recipe, offline: bool) -> Table:
 
 def _load_shipped(spec: DataSpec) -> Table:
     _refuse_revision(spec, spec.dataset_name)
+    return _of_split(spec, _shipped_rows(spec.dataset_name), spec.dataset_name, generator=OWN_AUTHORS)
+
+
+def _shipped_rows(name: str) -> Read:
     read = read_jsonl(_shipped_text(), "stances.jsonl")
-    control = spec.dataset_name == "stances-control"
-    rows = [row for row in read.rows if (row.get("axis") == "control") == control]
-    return _of_split(spec, Read(read.columns, rows), spec.dataset_name, generator=OWN_AUTHORS)
+    control = name == "stances-control"
+    return Read(read.columns, [row for row in read.rows if (row.get("axis") == "control") == control])
 
 
 def _shipped_text() -> str:

@@ -4,10 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
+from multiprocessing import connection
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
         return
     # Not forked: libraries may have started threads by now, and a forked copy of them hangs.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_signals_to_the_first)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_the_first)
     waiting: deque[Future[R]] = deque()
     try:
         for part in chain(first, parts):
@@ -56,8 +58,16 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_signals_to_the_first() -> None:
-    """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others."""
+def _follow_the_first() -> None:
+    """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others, also where it is killed."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         with contextlib.suppress(ValueError):
             signal.signal(number, signal.SIG_IGN)
+    if first := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(first.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this process when the one with the sentinel has ended: an idle worker would wait for its work for ever."""
+    connection.wait([sentinel])
+    os._exit(1)
