@@ -208,7 +208,7 @@ def test_the_dose_is_nested_and_like_the_whole(many: Path, tmp_path: Path) -> No
     assert doses[0] < doses[1] < doses[2] < doses[3]
     built, kept = make(tmp_path / "out.jsonl", many, balance={"chosen_longer": 0.5}, dose={"rows": 45})
     assert {row["prompt"] for row in kept} == doses[1]
-    other, kept = make(tmp_path / "out.jsonl", many, seed=1, balance={"chosen_longer": 0.5}, dose={"rows": 45})
+    _, kept = make(tmp_path / "out.jsonl", many, seed=1, balance={"chosen_longer": 0.5}, dose={"rows": 45})
     assert {row["prompt"] for row in kept} != doses[1]
     with pytest.raises(DataError, match="asks for 999 rows and 400 are left"):
         make(tmp_path / "out.jsonl", many, dose={"rows": 999})
