@@ -224,6 +224,8 @@ def places(groups: "NDArray[Any]", cells: "NDArray[Any]", ranks: "NDArray[Any]")
 
     inner = _numbered(groups, cells)
     within = _counted(np.lexsort((ranks, inner)), inner)
+    if len(groups) and inner.max() == groups.max():  # each group is one cell
+        return within
     stands = (within + 0.5) / np.bincount(inner)[inner]
     return _counted(np.lexsort((ranks, inner, stands, groups)), groups)
 
@@ -271,8 +273,17 @@ def _filter(each: Selection) -> None:
         each.keep(mask, "duplicates", "repeats an earlier row")
     if recipe.filter.contradictions:
         hashes = columns.hashes[each.rows]
-        mask = ~np.isin(_ordered(hashes, 1, 2), _ordered(hashes, 2, 1))
+        mask = ~_are_in(_ordered(hashes, 1, 2), _ordered(hashes, 2, 1))
         each.keep(mask, "contradictions", "stands against the same pair the other way round")
+
+
+def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":
+    """`np.isin` in less time and memory, for millions of numbers that differ."""
+    import numpy as np
+
+    others = np.sort(others)
+    found: NDArray[Any] = others[np.searchsorted(others, numbers).clip(0, len(others) - 1)] == numbers
+    return found
 
 
 def _rules(recipe: Recipe) -> list[str]:
