@@ -608,6 +608,15 @@ def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
     assert "not legal advice" not in (tmp_path / "out.jsonl.md").read_text()
 
 
+def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> None:
+    source = {"name": str(many), "generator": "A-7B", "licence": "CC0-1.0"}
+    make(tmp_path / "first.jsonl", source)
+    built, _ = make(tmp_path / "second.jsonl", tmp_path / "first.jsonl")
+    assert (built.sources[0].generator, built.sources[0].licence) == ("A-7B", "CC0-1.0")
+    built, _ = make(tmp_path / "third.jsonl", many)
+    assert (built.sources[0].generator, built.sources[0].licence) == (None, None)
+
+
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,7 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
 
 
 def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int) -> SourceFacts:
+    built = _built_before(stream)
     return SourceFacts(
         name=stream.name,
         revision=stream.revision,
@@ -235,12 +236,27 @@ def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number:
         sha256=columns.sha256[number],
         rows=sum(columns.sizes[number]),
         other_splits=columns.others[number],
-        generator=source.generator or stream.generator,
-        licence=source.licence,
+        generator=source.generator or stream.generator or _joined(built, "generator"),
+        licence=source.licence or _joined(built, "licence"),
         share=source.share,
         direction=source.direction,
         written=written,
     )
+
+
+def _built_before(stream: sources.Stream) -> list[dict[str, Any]]:
+    """The sources of a file that this command made itself, as its manifest says; none of another file."""
+    if len(stream.files) != 1:
+        return []
+    manifest = read_json(_beside(stream.files[0][0], MANIFEST)) or {}
+    found = manifest.get("sources") if manifest.get("made_by") == MADE_BY else None
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _joined(built: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    """What a file's own sources say of it, where each says something."""
+    said = [each.get(key) for each in built]
+    return " + ".join(dict.fromkeys(map(str, said))) if said and all(said) else None
 
 
 def _facts_of_twin(other: Side) -> tuple[SourceFacts, ...]:
