@@ -184,6 +184,20 @@ def test_shares_of_rows_within_one(many: Path, tmp_path: Path, one: float, other
     assert [each.written for each in built.sources] == [found["many.jsonl"], found["few.jsonl"]]
 
 
+def test_a_dose_of_a_mixture_keeps_its_shares(many: Path, tmp_path: Path) -> None:
+    """Any number of rows of three sources, 2 : 1 : 1, to within one, and half of each source's sides turned in a placebo."""
+    others = [write(tmp_path / f"{n}.jsonl", [pair(n + i, 5 + i % 3) for i in range(200)]) for n in (1000, 2000)]
+    shares = [
+        {"name": str(name), "share": share, "direction": "shuffled"}
+        for name, share in zip([many, *others], (2, 1, 1), strict=True)
+    ]
+    for rows in (1, 7, 90, 333, 799):
+        built, _ = make(tmp_path / "out.jsonl", *shares, dose={"rows": rows})
+        written = [each.written for each in built.sources]
+        assert max(abs(count - rows * share / 4) for count, share in zip(written, (2, 1, 1), strict=True)) < 1
+        assert built.turned == sum(count // 2 for count in written)
+
+
 def test_shares_of_text_within_one_row(many: Path, tmp_path: Path) -> None:
     """A quarter of the words from rows of 202 words: as many rows as bring that, to within half a row."""
     long = write(tmp_path / "long.jsonl", [pair(n, 100, 100) for n in range(1000, 1200)])

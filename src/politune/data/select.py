@@ -422,9 +422,9 @@ def _mix(each: Selection) -> None:
     each.keep(mask, "mixture", "more than its source's share")
 
 
-def _even_places(each: Selection, groups: "NDArray[Any]", *more: "NDArray[Any]") -> "NDArray[Any]":
+def _even_places(each: Selection, groups: "NDArray[Any]") -> "NDArray[Any]":
     """Each row's place in its group, in which all that is balanced and matched comes evenly."""
-    kinds = _numbered(each.cells[each.rows], each.strata, *more, each.kinds)
+    kinds = _numbered(each.cells[each.rows], each.strata, each.kinds)
     return places(_numbered(groups), kinds, each.ranks[each.rows])
 
 
@@ -443,7 +443,10 @@ def _dose(each: Selection, turned: "NDArray[Any]") -> "NDArray[Any]":
             where="dose.rows",
             fix="ask for fewer, or leave less out",
         )
-    place = _even_places(each, np.zeros(rows, np.int64), turned)
+    # Sources in their shares first, in each of them turned and other rows by halves, in these all else.
+    within = _even_places(each, each.sources * 2 + turned)
+    of_source = places(_numbered(each.sources), turned.astype(np.int64), within)
+    place = places(np.zeros(rows, np.int64), each.sources, of_source)
     each.keep(place < wanted, "dose", "beyond the dose")
     return place < wanted
 
