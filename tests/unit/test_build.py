@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
@@ -328,6 +330,11 @@ def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
         make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
     built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
     assert built.rows == 400
+
+
+@given(st.text(st.sampled_from("ab \t\n\r\v\f\x1c\x1f\x85\u00a0\u2003é")))
+def test_words_are_what_white_space_separates(text: str) -> None:
+    assert columns.count_words(text) == len(text.split())
 
 
 # --- the same bytes --------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from politune.data.columns import (
     TAKEN,
     Columns,
     Reader,
-    checksum,
     jobs,
     read_columns,
     starts,
@@ -60,10 +59,11 @@ Shape = Literal["text", "messages"]
 
 @dataclass(frozen=True)
 class Side:
-    """A recipe whose sources have been measured."""
+    """A recipe whose sources have been measured, and what `Stream.state` said of them before."""
 
     recipe: Recipe
     streams: tuple[sources.Stream, ...]
+    states: tuple[object, ...]
     readers: tuple[Reader, ...]
     columns: Columns
 
@@ -161,6 +161,7 @@ def public(recipe: Recipe) -> dict[str, Any]:
 def _measured(
     recipe: Recipe, streams: Sequence[sources.Stream], processes: int | None, say: Callable[[str], None]
 ) -> Side:
+    states = tuple(stream.state() for stream in streams)
     readers = [Reader.of(recipe, source, stream) for source, stream in zip(recipe.source, streams, strict=True)]
     reading = _Reading(streams, say)
     columns = read_columns(readers, streams, processes, reading)
@@ -172,7 +173,7 @@ def _measured(
                 where=safe(reader.label, None),
                 fix="fetch the data that were meant, or write the new sha256 into the recipe",
             )
-    return Side(recipe, tuple(streams), tuple(readers), columns)
+    return Side(recipe, tuple(streams), states, tuple(readers), columns)
 
 
 class _Reading:
@@ -293,7 +294,7 @@ class Picked:
 
     Args:
         part, first: as of `columns.jobs`.
-        checksum: that it had when it was measured; `size` rows of it belong to the data set.
+        size: how many of its rows belong to the data set.
         rows: their numbers within the part, ascending.
         turned: whether chosen and rejected change places.
         spliceable: whether the line can be taken as it is.
@@ -303,7 +304,6 @@ class Picked:
 
     part: Part
     first: int
-    checksum: bytes
     size: int
     rows: list[int]
     turned: list[bool]
@@ -326,6 +326,8 @@ def _write_rows(
                 write(content)
                 done += count
                 phase(done, len(chosen.rows))
+            if stream.state() != own.states[number]:
+                raise _changed(reader)
 
 
 def _picked(
@@ -334,27 +336,23 @@ def _picked(
     """The parts of a source that have rows to be written."""
     import numpy as np
 
-    checksums, sizes = columns.checksums[source], columns.sizes[source]
+    sizes = columns.sizes[source]
     begins = sum(sum(each) for each in columns.sizes[:source])
-    count = 0
-    for count, ((part, first), start) in enumerate(zip(jobs(stream), starts(sizes), strict=False), 1):
-        low, high = np.searchsorted(chosen.rows, (begins + start, begins + start + sizes[count - 1]))
+    for (part, first), start, size in zip(jobs(stream), starts(sizes), sizes, strict=False):
+        low, high = np.searchsorted(chosen.rows, (begins + start, begins + start + size))
         if low == high:
             continue
         rows = chosen.rows[low:high]
         yield Picked(
             part=part,
             first=first,
-            checksum=checksums[count - 1],
-            size=sizes[count - 1],
+            size=size,
             rows=(rows - begins - start).tolist(),
             turned=chosen.turned[low:high].tolist(),
             spliceable=((columns.marks[rows] & IS_SPLICEABLE) * (shape == "text")).astype(bool).tolist(),
             ids=select.identities(columns.hashes[rows]).tolist(),
             topics=[columns.names[topic] for topic in columns.topics[rows]],
         )
-    if count != len(sizes):
-        raise _changed(reader)
 
 
 def _changed(reader: Reader) -> DataError:
@@ -362,9 +360,7 @@ def _changed(reader: Reader) -> DataError:
 
 
 def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
-    """(how many rows, their lines as bytes or an Arrow record batch). Raises DataError for a part that has changed."""
-    if checksum(picked.part) != picked.checksum:
-        raise _changed(rendering.reader)
+    """(how many rows, their lines as bytes or an Arrow record batch)."""
     lines = _lines(picked) if any(picked.spliceable) and rendering.suffix != ".parquet" else None
     written: list[Any] = [None] * len(picked.rows)
     if lines is not None:
@@ -614,6 +610,6 @@ def _key(recipe: Recipe, offline: bool) -> str:
         if each is not None:
             streams = _opened(each, offline)
             contents = [[sha256_once(path) for path, _ in stream.files] for stream in streams]
-            held = [[checksum(part).hex() for part in stream.held] for stream in streams]
+            held = [[sources.hash_rows(part.read().rows) for part in stream.held] for stream in streams]
             found.append([public(each), contents, held, [stream.revision for stream in streams]])
     return sha256_of_json(found)[:32]

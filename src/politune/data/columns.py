@@ -80,20 +80,19 @@ class Reader:
         return [(name, re.compile(pattern)) for name, pattern in self.topics]
 
     def table(self, part: Part, first: int) -> Table:
-        """The part's rows that belong to the data set.
+        """The part's rows that belong to the data set, the others counted.
 
         Raises:
             DataError: as of `files.TextPart.read`.
         """
         read = part.read()
         rows, lines = read.rows, read.lines
+        others = 0
         if not all(map(self.membership.holds, rows)):
             members = [index for index, row in enumerate(rows) if self.membership.holds(row)]
-            rows, lines = (
-                [rows[index] for index in members],
-                tuple(lines[index] for index in members) if lines else None,
-            )
-        return Table(read.columns, rows, self.label, "", lines=lines, first=first)
+            others, rows = len(rows) - len(members), [rows[index] for index in members]
+            lines = tuple(lines[index] for index in members) if lines else None
+        return Table(read.columns, rows, self.label, "", lines=lines, other_splits=others, first=first)
 
     def texts(self, table: Table) -> list[Texts]:
         """Prompt, chosen and rejected of each row, with the sides as the source's direction fixes them.
@@ -128,7 +127,6 @@ class Measured:
         verdicts: uint8 [rows]
         marks: uint8 [rows]
         of_rows: `hash_row` of every row, one after the other.
-        checksum: of the part as it was read.
         size: of the part's text in bytes; 0 for rows that came parsed.
     """
 
@@ -141,7 +139,6 @@ class Measured:
     verdicts: "NDArray[Any]"
     marks: "NDArray[Any]"
     of_rows: bytes
-    checksum: bytes
     size: int
 
 
@@ -158,7 +155,7 @@ def measure(reader: Reader, job: Job) -> Measured:
     rows = len(texts)
     return Measured(
         rows=rows,
-        others=_count(part) - rows,
+        others=table.other_splits,
         hashes=np.frombuffer(b"".join(map(_hashes, texts)), "<u8").reshape(rows, 3),
         lengths=np.array([_lengths(reader.unit, each) for each in texts], np.uint32).reshape(rows, 3),
         topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
@@ -166,21 +163,8 @@ def measure(reader: Reader, job: Job) -> Measured:
         verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint8),
         marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
         of_rows=b"".join(map(hash_row, table.rows)),
-        checksum=checksum(part),
         size=len(part.body) if isinstance(part, TextPart) else 0,
     )
-
-
-def _count(part: Part) -> int:
-    if isinstance(part, RowsPart):
-        return len(part.rows.rows)
-    return sum(1 for line in part.body.split(b"\n") if line and not line.isspace())
-
-
-def checksum(part: Part) -> bytes:
-    """What tells whether a part is the same when it is read again."""
-    body = part.body if isinstance(part, TextPart) else b"".join(map(hash_row, part.rows.rows))
-    return hashlib.blake2b(body, digest_size=16).digest()
 
 
 def _hashes(texts: Texts) -> bytes:
@@ -200,8 +184,19 @@ def _hash(text: str) -> bytes:
 def _lengths(unit: str, texts: Texts) -> tuple[int, int, int]:
     prompt, chosen, rejected = texts
     if unit == "words":
-        return sum(len(turn["content"].split()) for turn in prompt), len(chosen.split()), len(rejected.split())
+        return sum(count_words(turn["content"]) for turn in prompt), count_words(chosen), count_words(rejected)
     return sum(len(turn["content"]) for turn in prompt), len(chosen), len(rejected)
+
+
+def count_words(text: str) -> int:
+    """`len(text.split())`, in a third of the time where the text is ASCII: words begin where something follows white space."""
+    if not text.isascii():
+        return len(text.split())
+    marked = text.encode().translate(_WHITE_OR_NOT)
+    return marked.count(b" x") + marked.startswith(b"x")
+
+
+_WHITE_OR_NOT = bytes(ord(" ") if chr(code).isspace() else ord("x") for code in range(256))
 
 
 def _verdict(texts: Texts, by_rule: int) -> int:
@@ -293,7 +288,6 @@ class Columns:
         names: of the topics.
         sha256: per source, over its rows, as of `sources.hash_rows`.
         others: per source, its rows of other splits.
-        checksums: per source, of its parts.
         sizes: per source, how many rows its parts have.
     """
 
@@ -306,7 +300,6 @@ class Columns:
     marks: "NDArray[Any]"
     sha256: tuple[str, ...]
     others: tuple[int, ...]
-    checksums: tuple[tuple[bytes, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
 
     @property
@@ -334,7 +327,7 @@ def read_columns(
     pieces: dict[str, list[NDArray[Any]]] = {key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks")}
     found = []
     for reader, stream in zip(readers, streams, strict=True):
-        digest, others, checksums, sizes = hashlib.sha256(), 0, [], []
+        digest, others, sizes = hashlib.sha256(), 0, []
         for part in in_order(partial(measure, reader), jobs(stream), processes):
             numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
             topics = numbers[part.topics] if part.rows else part.topics
@@ -342,19 +335,18 @@ def read_columns(
                 piece.append(topics if key == "topics" else getattr(part, key))
             digest.update(part.of_rows)
             others += part.others
-            checksums.append(part.checksum)
             sizes.append(part.rows)
             progress(part.rows, part.size)
         if not sum(sizes):
             what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
             raise DataError(what, where=safe(reader.label, None))
-        found.append((digest.hexdigest(), others, tuple(checksums), tuple(sizes)))
+        found.append((digest.hexdigest(), others, tuple(sizes)))
     counts = [sum(sizes) for *_, sizes in found]
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
-    sha256, others_of, checksums_of, sizes_of = zip(*found, strict=True)
+    sha256, others_of, sizes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
     return Columns(
-        sources=sources, names=tuple(names), sha256=sha256, others=others_of, checksums=checksums_of, sizes=sizes_of, **joined
+        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, **joined
     )  # fmt: skip
 
 
