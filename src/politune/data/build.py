@@ -30,7 +30,7 @@ from politune.data.columns import (
     read_columns,
     starts,
 )
-from politune.data.files import Part, TextPart
+from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.made import Built, Lengths, SourceFacts
 from politune.data.workers import in_order
@@ -289,6 +289,21 @@ class Rendering:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A part of a plain file of lines, which who needs it reads himself: it does not travel."""
+
+    path: Path
+    name: str
+    start: int
+    size: int
+
+    def text(self) -> TextPart:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return TextPart(self.name, file.read(self.size), 2 if self.start else 1)
+
+
+@dataclass(frozen=True)
 class Picked:
     """The rows of one part that are written.
 
@@ -302,7 +317,7 @@ class Picked:
         topics: of each row.
     """
 
-    part: Part
+    part: Part | Stretch
     first: int
     size: int
     rows: list[int]
@@ -338,8 +353,9 @@ def _picked(
 
     sizes = columns.sizes[source]
     begins = sum(sum(each) for each in columns.sizes[:source])
-    for (part, first), start, size in zip(jobs(stream), starts(sizes), sizes, strict=False):
-        low, high = np.searchsorted(chosen.rows, (begins + start, begins + start + size))
+    edges = np.searchsorted(chosen.rows, begins + np.array([*starts(sizes), sum(sizes)]))
+    parts = zip(_again(stream, columns.bytes[source]), starts(sizes), sizes, edges, edges[1:], strict=False)
+    for (part, first), start, size, low, high in parts:
         if low == high:
             continue
         rows = chosen.rows[low:high]
@@ -355,12 +371,24 @@ def _picked(
         )
 
 
+def _again(stream: sources.Stream, sizes: Sequence[int]) -> Iterator[tuple[Part | Stretch, int]]:
+    """The parts of a source once more, by where they stand where that is enough."""
+    if [kind_of(path) for path, _ in stream.files] != [(".jsonl", "")]:
+        yield from jobs(stream)
+        return
+    ((path, name),) = stream.files
+    for start, size in zip(starts(sizes), sizes, strict=True):
+        yield Stretch(path, name, start, size), 0
+
+
 def _changed(reader: Reader) -> DataError:
     return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
 
 
 def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
-    """(how many rows, their lines as bytes or an Arrow record batch)."""
+    """(how many rows, their lines as bytes or an Arrow record batch). Raises DataError for a part that has changed."""
+    if isinstance(picked.part, Stretch):
+        picked = replace(picked, part=picked.part.text())
     lines = _lines(picked) if any(picked.spliceable) and rendering.suffix != ".parquet" else None
     written: list[Any] = [None] * len(picked.rows)
     if lines is not None:
@@ -416,7 +444,10 @@ def _sound(text: str) -> str:
 
 def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Rows that are put together from what was parsed."""
+    assert not isinstance(picked.part, Stretch)
     whole = rendering.reader.table(picked.part, picked.first)
+    if len(whole.rows) != picked.size:
+        raise _changed(rendering.reader)
     rows = [whole.rows[picked.rows[index]] for index in missing]
     lines = tuple(whole.lines[picked.rows[index]] for index in missing) if whole.lines else None
     table = Table(whole.columns, rows, whole.name, "", lines=lines)

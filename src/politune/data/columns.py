@@ -19,7 +19,7 @@ from politune.config import Recipe, SourceSpec
 from politune.data.files import Part, RowsPart, TextPart
 from politune.data.format import STANCE, Message, Table, read_pairs
 from politune.data.sources import Membership, Stream, hash_row
-from politune.data.workers import in_order
+from politune.data.workers import in_order, no_collection
 from politune.errors import ConfigError, DataError, safe
 
 if TYPE_CHECKING:
@@ -144,9 +144,13 @@ class Measured:
 
 def measure(reader: Reader, job: Job) -> Measured:
     """The figures of a part. Raises as `Reader.table` and `Reader.texts`; ConfigError for a pattern that comes to no end."""
+    with no_collection():
+        return _measured(reader, *job)
+
+
+def _measured(reader: Reader, part: Part, first: int) -> Measured:
     import numpy as np
 
-    part, first = job
     table = reader.table(part, first)
     texts = reader.texts(table)
     topics, verdicts = _matched(reader, table, texts)
@@ -289,6 +293,7 @@ class Columns:
         sha256: per source, over its rows, as of `sources.hash_rows`.
         others: per source, its rows of other splits.
         sizes: per source, how many rows its parts have.
+        bytes: per source, how much text its parts have.
     """
 
     sources: "NDArray[Any]"
@@ -301,6 +306,7 @@ class Columns:
     sha256: tuple[str, ...]
     others: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
+    bytes: tuple[tuple[int, ...], ...]
 
     @property
     def rows(self) -> int:
@@ -327,7 +333,7 @@ def read_columns(
     pieces: dict[str, list[NDArray[Any]]] = {key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks")}
     found = []
     for reader, stream in zip(readers, streams, strict=True):
-        digest, others, sizes = hashlib.sha256(), 0, []
+        digest, others, sizes, lengths = hashlib.sha256(), 0, [], []
         for part in in_order(partial(measure, reader), jobs(stream), processes):
             numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
             topics = numbers[part.topics] if part.rows else part.topics
@@ -336,17 +342,18 @@ def read_columns(
             digest.update(part.of_rows)
             others += part.others
             sizes.append(part.rows)
+            lengths.append(part.size)
             progress(part.rows, part.size)
         if not sum(sizes):
             what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
             raise DataError(what, where=safe(reader.label, None))
-        found.append((digest.hexdigest(), others, tuple(sizes)))
-    counts = [sum(sizes) for *_, sizes in found]
+        found.append((digest.hexdigest(), others, tuple(sizes), tuple(lengths)))
+    counts = [sum(sizes) for _, _, sizes, _ in found]
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
-    sha256, others_of, sizes_of = zip(*found, strict=True)
+    sha256, others_of, sizes_of, bytes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
     return Columns(
-        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, **joined
+        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, bytes=bytes_of, **joined
     )  # fmt: skip
 
 

@@ -231,7 +231,7 @@ class _Unpacked(io.RawIOBase):
         self._fill(size)
         found, self.ahead = self.ahead[:size], self.ahead[size:]
         self.bytes += len(found)
-        self.lines += found.count(b"\n")
+        self.lines += found.count(b"\n") if self.budget else 0  # said of packed files alone
         return found
 
     def _fill(self, size: int) -> None:

@@ -1,6 +1,7 @@
 """One function over the parts of a stream, in processes of their own, its results in the order of the parts."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,18 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
         for future in waiting:
             future.cancel()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """For a block in which nothing becomes garbage but by its last reference: looking for it among many objects takes time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _follow_the_first() -> None:
