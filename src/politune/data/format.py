@@ -174,7 +174,9 @@ def read_pairs(table: Table) -> Iterator[tuple[tuple[Message, ...], str, str]]:
     """Prompt, chosen and rejected of every row, or prompt, left and right. Raises DataError as `to_preference_rows`."""
     shape, read = _pair_reader(table)
     _refuse_mixed_kinds(table, shape)
-    return (read(_Row(table, index)) for index in range(len(table.rows)))
+    if shape != PREFERENCE_SHAPES[0]:
+        return (read(_Row(table, index)) for index in range(len(table.rows)))
+    return (_plain_pair(row) or read(_Row(table, index)) for index, row in enumerate(table.rows))
 
 
 def _pair_reader(table: Table) -> tuple[tuple[str, ...], Callable[["_Row"], tuple[tuple[Message, ...], str, str]]]:
@@ -588,11 +590,16 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and value.isascii() and "[" not in value[:40]
 
 
+def _plain_pair(cells: Mapping[str, object]) -> tuple[tuple[Message, ...], str, str] | None:
+    prompt, chosen, rejected = cells.get("prompt"), cells.get("chosen"), cells.get("rejected")
+    if _is_plain(prompt) and _is_plain(chosen) and _is_plain(rejected):
+        return _user(prompt), chosen, rejected  # type: ignore[arg-type, return-value]
+    return None
+
+
 def _read_pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
-    cells = row.table.rows[row.index]
-    texts = cells.get("prompt"), cells.get("chosen"), cells.get("rejected")
-    if all(map(_is_plain, texts)):
-        return _user(texts[0]), texts[1], texts[2]  # type: ignore[arg-type, return-value]
+    if plain := _plain_pair(row.table.rows[row.index]):
+        return plain
     prompt = row.prompt()
     return prompt, row.answer("chosen", prompt), row.answer("rejected", prompt)
 
@@ -711,6 +718,8 @@ def _swaps(count: int, shape: tuple[str, ...], direction: str | None, seed: int)
 def _refuse_mixed_kinds(table: Table, shape: tuple[str, ...]) -> None:
     for column in shape:
         kinds = [_kind(row.get(column)) for row in table.rows]
+        if len(set(kinds)) < 2:
+            continue
         for index, kind in enumerate(kinds):
             if kind != kinds[0] and {kind, kinds[0]} == {"text", "a list"}:
                 raise DataError(
