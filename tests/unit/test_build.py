@@ -545,6 +545,34 @@ def test_only_what_it_made_is_replaced(many: Path, tmp_path: Path) -> None:
     assert (looked.rows, looked.file, built.rows) == (4, "", 3)
 
 
+def test_what_killed_builds_left_of_papers_goes(many: Path, tmp_path: Path) -> None:
+    for name in (".out.jsonl.manifest.json-abc", ".out.jsonl.md-x", ".other.jsonl.md-x", "own.md"):
+        (tmp_path / name).write_text("{")
+    make(tmp_path / "out.jsonl", many)
+    kept = [".other.jsonl.md-x", "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
+    assert names_in(tmp_path) == kept
+    (tmp_path / "new.jsonl.md").write_text("my own notes")
+    with pytest.raises(OutputError, match=r"new.jsonl.md exists"):
+        make(tmp_path / "new.jsonl", many)
+
+
+def test_a_run_waits_for_who_makes_its_data(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes one makes the file; the other, refused while that goes on, takes what it made."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    wanted, own, tries = recipe(many), build.build, []
+
+    def busy_once(*given: Any, **options: Any) -> Built:
+        tries.append(given[1])
+        if len(tries) == 1:
+            own(*given, **options, processes=1)  # the other process, meanwhile
+            raise build.InUse("another build is at work")
+        return own(*given, **options)
+
+    monkeypatch.setattr(build, "build", busy_once)
+    assert build.cached(wanted)[1]["rows"] == 400
+    assert len(tries) == 1
+
+
 def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -659,6 +687,7 @@ def test_a_run_reads_what_its_recipe_makes(many: Path, tmp_path: Path, monkeypat
     assert sources.load(DataSpec(recipe=wanted)).sha256 != table.sha256
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
     assert sources.check(DataSpec(recipe=recipe({"name": "owner/name"}))) is None
+    assert sources.check(DataSpec(recipe=recipe(many, match={"twin": "owner/name"}))) is None
 
 
 def parse(line: str) -> object:

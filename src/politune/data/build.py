@@ -74,14 +74,12 @@ def build(
     *,
     offline: bool = False,
     processes: int | None = None,
-    wait: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Makes the data set, its manifest and its card; with no output, only what they would say.
 
     Args:
         output: a .jsonl, .jsonl.gz or .parquet file; one that this command made is replaced, no other.
-        wait: for another build of the same file to end, in place of an error.
 
     Raises:
         ConfigError: the recipe contradicts itself or its twin.
@@ -95,7 +93,7 @@ def build(
         draft = None
         if output is not None:
             _refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
-            draft = stack.enter_context(_draft(output, wait))
+            draft = stack.enter_context(_draft(output))
         own = _measured(recipe, streams[0], processes, say)
         other = _measured(twin, streams[1], processes, say) if twin else None
         chosen = select.choose(recipe, own.columns, (other.recipe, other.columns) if other else None)
@@ -125,6 +123,11 @@ def _twin(recipe: Recipe) -> Recipe | None:
             f"the twin {safe(recipe.match.twin)} matches on {on}", where="match.on", fix="say the same in both"
         )
     return twin
+
+
+def names_of(recipe: Recipe) -> list[str]:
+    """The data sets that are read for a recipe, its twin's among them. Raises ConfigError for a twin that is wrong."""
+    return [source.name for each in (recipe, _twin(recipe)) if each is not None for source in each.source]
 
 
 def _opened(recipe: Recipe, offline: bool) -> list[sources.Stream]:
@@ -514,7 +517,7 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _draft(output: Path, wait: bool) -> Iterator[Path]:
+def _draft(output: Path) -> Iterator[Path]:
     """A hidden file beside the output, this build's alone while the block runs, and gone after it unless it was renamed.
 
     Its lock is the kernel's and goes with the process that has it: what a killed build left is taken over.
@@ -525,7 +528,8 @@ def _draft(output: Path, wait: bool) -> Iterator[Path]:
     _check_output(output)
     draft = output.with_name(f".{output.name}.draft")
     with _disk_errors(output):
-        handle = _locked_file(draft, output, wait)
+        handle = _locked_file(draft, output)
+        _remove_leftovers(output)
     try:
         yield draft
     finally:
@@ -535,21 +539,27 @@ def _draft(output: Path, wait: bool) -> Iterator[Path]:
         os.close(handle)
 
 
-def _locked_file(draft: Path, output: Path, wait: bool) -> int:
+class InUse(OutputError):
+    """Another build of the same file is at work."""
+
+
+def _locked_file(draft: Path, output: Path) -> int:
     while True:
         handle = os.open(draft, os.O_RDWR | os.O_CREAT, 0o666)
-        # One that was renamed or removed between the opening and the lock is no draft any more.
-        if locked(handle, output.parent):
-            if _is_still(draft, handle):
-                return handle
-        elif not wait:
+        if not locked(handle, output.parent):
             os.close(handle)
-            raise OutputError(
-                f"another build of {safe(output)} is at work", fix="wait for it to end, or name another file"
-            )
-        else:
-            time.sleep(WAIT_SECONDS)
-        os.close(handle)
+            raise InUse(f"another build of {safe(output)} is at work", fix="wait for it to end, or name another file")
+        if _is_still(draft, handle):
+            return handle
+        os.close(handle)  # renamed or removed between the opening and the lock: no draft any more
+
+
+def _remove_leftovers(output: Path) -> None:
+    """What a build left that was killed while it wrote manifest or card."""
+    begins = tuple(f".{_beside(output, suffix).name}-" for suffix in (MANIFEST, CARD))
+    for path in output.parent.iterdir():
+        if path.name.startswith(begins):
+            path.unlink(missing_ok=True)
 
 
 def _is_still(draft: Path, handle: int) -> bool:
@@ -568,10 +578,11 @@ def _check_output(output: Path) -> None:
     if output.is_dir() or not output.parent.is_dir():
         what = "is a directory" if output.is_dir() else "lies in a directory that does not exist"
         raise OutputError(f"{safe(output)} {what}", where="--output")
-    if output.exists() and (read_json(_beside(output, MANIFEST)) or {}).get("made_by") != MADE_BY:
-        raise OutputError(
-            f"{safe(output)} exists", why=f"it has no {MANIFEST} of a former build beside it", fix="name another file with -o"
-        )  # fmt: skip
+    papers = [_beside(output, suffix) for suffix in (MANIFEST, CARD)]
+    is_ours = (read_json(papers[0]) or {}).get("made_by") == MADE_BY
+    if there := [path for path in (output, *papers) if path.exists() and not is_ours]:
+        why = f"it has no {MANIFEST} of a former build beside it"
+        raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -628,11 +639,18 @@ def cached(recipe: Recipe, *, offline: bool = False) -> tuple[Path, Mapping[str,
     output = folder / "rows.jsonl"
     with _disk_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
-    manifest = read_json(_beside(output, MANIFEST))
-    if not (output.exists() and manifest and manifest.get("sha256") == sha256_once(output)):
-        build(recipe, output, offline=offline, wait=True)
-        manifest = read_json(_beside(output, MANIFEST)) or {}
+    while not (manifest := _whole(output)):
+        try:
+            build(recipe, output, offline=offline)
+        except InUse:  # the other processes of a run wait for the one that came first
+            time.sleep(WAIT_SECONDS)
     return output, manifest
+
+
+def _whole(output: Path) -> dict[str, Any] | None:
+    """The manifest of a file that is as it was made."""
+    manifest = read_json(_beside(output, MANIFEST)) or {}
+    return manifest if output.exists() and manifest.get("sha256") == sha256_once(output) else None
 
 
 def _key(recipe: Recipe, offline: bool) -> str:

@@ -76,8 +76,7 @@ def check(spec: DataSpec) -> Table | None:
 
     Raises what `load`, `format.to_preference_rows` and (for an SFT run) `format.to_chat_rows` raise.
     """
-    names = [each.name for each in spec.recipe.source] if spec.recipe else [spec.dataset_name]
-    if "hub" in map(locate, names):
+    if "hub" in map(locate, _names(spec)):
         return None
     table = load(spec)
     if isinstance(spec, SftDataSpec):
@@ -85,6 +84,14 @@ def check(spec: DataSpec) -> Table | None:
     else:
         rows_format.to_preference_rows(table, spec.direction, seed=0)
     return table
+
+
+def _names(spec: DataSpec) -> list[str]:
+    if spec.recipe is None:
+        return [spec.dataset_name]
+    from politune.data import build  # which reads its sources by this module
+
+    return build.names_of(spec.recipe)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from politune import record
 from politune.config import NOT_OF_AN_ADAPTER, Run
+from politune.data.build import public as public_recipe
 from politune.errors import ConfigError, OutputError, safe
 from politune.presets import flatten
 from politune.training import checkpoints
@@ -26,6 +27,8 @@ def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> di
     settings = {
         key: value for key, value in flatten(run).items() if not key.startswith((*NOT_OF_AN_ADAPTER, *COMPARED_BY_HASH))
     }
+    if run.data.recipe is not None:  # paths may be written differently here, too
+        settings["data.recipe"] = public_recipe(run.data.recipe)
     accelerator = torch.accelerator.current_accelerator()
     found = {
         **settings,
