@@ -328,6 +328,8 @@ def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
     twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "x.toml"\non = ["topic"]\n')
     with pytest.raises(ConfigError, match="matches on topic"):
         make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    with pytest.raises(ConfigError, match=r"match.twin: stances holds a left and a right text"):
+        make(tmp_path / "out.jsonl", many, match={"twin": "stances"})
     built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
     assert built.rows == 400
 

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from politune import __version__, presets
 from politune.cache import user_cache
 from politune.config import SHIPPED_DATA, DataSpec, Recipe, SourceSpec
@@ -114,7 +116,11 @@ def _twin(recipe: Recipe) -> Recipe | None:
     if recipe.match is None:
         return None
     if not recipe.match.twin.endswith(".toml"):
-        source = SourceSpec(name=recipe.match.twin, direction=recipe.source[0].direction)
+        try:
+            source = SourceSpec(name=recipe.match.twin, direction=recipe.source[0].direction)
+        except ValidationError as error:
+            what = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise ConfigError(safe(what), where="match.twin", fix="give it a recipe's file of its own") from None
         return recipe.model_copy(update={"source": (source,), "match": None})
     twin = presets.read_recipe(recipe.match.twin)
     if twin.match and twin.match.on != recipe.match.on:
