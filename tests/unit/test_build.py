@@ -315,6 +315,7 @@ def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
         )
         made[name] = read(tmp_path / f"{name}-out.jsonl")
         assert built.twin[0].name == ("right.jsonl" if name == "left" else "left.jsonl")
+        assert not more or abs(built.after.share - 0.5) * built.rows <= 1
     assert strata(made["left"]) == strata(made["right"])
     assert len(made["left"]) > 40
     assert not {row["prompt"] for row in made["left"]} & {row["prompt"] for row in made["right"]}

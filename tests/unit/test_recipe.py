@@ -147,16 +147,23 @@ def test_no_choice_of_rows_keeps_more() -> None:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def test_any_first_rows_hold_every_cell_in_its_share() -> None:
+@pytest.mark.parametrize("scattered", [False, True])
+def test_any_first_rows_hold_every_cell_in_its_share(scattered: bool) -> None:
     """Cells of 40, 20 and 10 rows: of the first k rows 4/7, 2/7 and 1/7 k are theirs, to within one."""
     cells = np.repeat([0, 1, 2], [40, 20, 10])
     ranks = np.random.default_rng(1).permutation(70).astype(np.uint64)
-    place = select.places(np.zeros(70, np.int64), cells, ranks)
+    place = select.places(np.zeros(70, np.int64), cells, ranks, scattered=scattered)
     assert sorted(place) == list(range(70))
     for first in range(71):
         taken = np.bincount(cells[place < first], minlength=3)
         assert np.abs(taken - first * np.array([4, 2, 1]) / 7).max() <= 1
     assert (np.argsort(ranks[cells == 0]) == np.argsort(place[cells == 0])).all()
+
+
+def test_cells_of_one_row_do_not_all_stand_in_the_middle() -> None:
+    """A thousand of them: of the first tenth about a tenth (three standard deviations are 28 rows), whatever their numbers."""
+    place = select.places(np.zeros(1000, np.int64), np.arange(1000), np.arange(1000, dtype=np.uint64), scattered=True)
+    assert abs((place[:500] < 100).sum() - 50) < 20
 
 
 def test_places_are_counted_within_groups() -> None:

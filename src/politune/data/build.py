@@ -52,6 +52,8 @@ MADE_BY = "politune data build"
 FOLDER = "data"
 """In the user's cache: what runs with a recipe in their settings were trained on."""
 WAIT_SECONDS = 0.2
+ROWS_BETWEEN_LINES = 100_000
+"""Where nobody can tell how many are to come: packed files, tables."""
 KEY = re.compile(rb'"(chosen|rejected)"(?=\s*:)')
 """In a line of JSON such a word before a colon is a key: within a text the quotation marks would be escaped."""
 OTHER_KEY = {b"chosen": b'"rejected"', b"rejected": b'"chosen"'}
@@ -162,7 +164,7 @@ def public(recipe: Recipe) -> dict[str, Any]:
     for source in document["source"]:
         if sources.locate(source["name"]) == "local":
             source["name"] = Path(source["name"]).name
-    if recipe.match:
+    if recipe.match and (recipe.match.twin.endswith(".toml") or sources.locate(recipe.match.twin) == "local"):
         document["match"]["twin"] = Path(recipe.match.twin).name
     return document
 
@@ -190,15 +192,16 @@ class _Reading:
 
     def __init__(self, streams: Sequence[sources.Stream], say: Callable[[str], None]) -> None:
         paths = [path for stream in streams for path, _ in stream.files]
-        is_plain = all(path.suffix.lower() in (".jsonl", ".json") for path in paths)
+        is_plain = all(kind_of(path) == (".jsonl", "") for path in paths)
         self.total = sum(path.stat().st_size for path in paths) if is_plain else 0
-        self.phase, self.rows, self.bytes = Phase("reading", "rows", say), 0, 0
+        self.phase, self.say, self.rows, self.bytes = Phase("reading", "rows", say), say, 0, 0
 
     def __call__(self, rows: int, size: int) -> None:
         self.rows, self.bytes = self.rows + rows, self.bytes + size
-        expected = int(self.rows * self.total / self.bytes) if self.bytes else 0
-        if self.rows:
-            self.phase(self.rows, max(self.rows + 1, expected))
+        if self.total and self.rows:
+            self.phase(self.rows, max(self.rows + 1, int(self.rows * self.total / max(1, self.bytes))))
+        elif self.rows // ROWS_BETWEEN_LINES > (self.rows - rows) // ROWS_BETWEEN_LINES:
+            self.say(f"reading {self.rows:,} rows")
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ Every choice within a group of rows takes those of the lowest rank: a hash of th
 (splitmix64, Steele, Lea & Flood 2014, over BLAKE2b). A rank does not depend on which answer is the chosen one, so that twins of
 opposite direction take the same rows.
 
-Where a part of the rows is to be like the whole, the k-th of a group's n rows stands at (k + 1/2) / n, and the rows are taken by
+Where a part of the rows is to be like the whole, the k-th of a group's n rows stands at (k + u) / n, and the rows are taken by
 where they stand: any first so many of them hold every group in its share, to within one row, and the first of fewer are among the
-first of more. Ties go by group before rank: how many rows of each group are taken follows from the groups' sizes alone.
+first of more. u is 1/2; among many small groups it is a hash of the group's name, or those of one row would all stand in the
+middle. Ties go by group before rank: how many rows of each group are taken follows from the groups' names and sizes alone.
 """
 
 import hashlib
@@ -95,13 +96,20 @@ class Selection:
         return self.sources * 2**32 + topics
 
     @property
-    def kinds(self) -> "NDArray[Any]":
-        """What a part of the rows has to hold in its share: which side is longer, and by how much where that is balanced."""
+    def signs(self) -> "NDArray[Any]":
+        """1 where the chosen answer is longer, -1 where it is shorter."""
         import numpy as np
 
-        found = self.differences
-        signs: NDArray[Any] = np.sign(found) + 1
-        return _bins(np.abs(found)) * 3 + signs if self.recipe.balance.lengths else signs
+        found: NDArray[Any] = np.sign(self.differences)
+        return found
+
+    @property
+    def sizes(self) -> "NDArray[Any]":
+        """The class of the difference where those are balanced, else nothing but zeros."""
+        import numpy as np
+
+        found: NDArray[Any] = _bins(np.abs(self.differences)) * (1 if self.recipe.balance.lengths else 0)
+        return found
 
     def keep(self, mask: "NDArray[Any]", name: str, reason: str, most: float | None = None) -> None:
         """Leaves the rows of a mask, and notes the step."""
@@ -121,8 +129,15 @@ class Selection:
             raise DataError(f"no row is left after the step {step.name}", why=safe(why))
 
     def places(self, *groups: "NDArray[Any]") -> "NDArray[Any]":
-        """Each row's place within its group, as the module says; twins' strata come evenly in it."""
-        return places(_numbered(*groups), self.cells[self.rows], self.ranks[self.rows])
+        """Each row's place within its group, in which sizes of difference and twins' strata come evenly."""
+        fine = self.cells[self.rows] * SPAN + self.sizes
+        return places(_numbered(*groups), fine, self.ranks[self.rows], scattered=True)
+
+    def even_places(self, *groups: "NDArray[Any]") -> "NDArray[Any]":
+        """As `places`, in which also topics (where they are balanced) and both sides come evenly, these before all else."""
+        of_side = self.places(*groups, self.strata, self.signs)
+        of_stratum = places(_numbered(*groups, self.strata), self.signs, of_side)
+        return places(_numbered(*groups), self.strata, of_stratum)
 
 
 def choose(recipe: Recipe, columns: Columns, twin: tuple[Recipe, Columns] | None = None) -> Chosen:
@@ -212,13 +227,16 @@ def _numbered(*groups: "NDArray[Any]") -> "NDArray[Any]":
     return np.unique(number, return_inverse=True)[1]
 
 
-def places(groups: "NDArray[Any]", cells: "NDArray[Any]", ranks: "NDArray[Any]") -> "NDArray[Any]":
+def places(
+    groups: "NDArray[Any]", cells: "NDArray[Any]", ranks: "NDArray[Any]", *, scattered: bool = False
+) -> "NDArray[Any]":
     """Each row's place within its group, from 0, in an order in which the cells come evenly and each by rank.
 
     Args:
         groups: [rows], small numbers
         cells: [rows]
         ranks: [rows]
+        scattered: u is a hash of the cell, in place of 1/2.
     """
     import numpy as np
 
@@ -226,7 +244,8 @@ def places(groups: "NDArray[Any]", cells: "NDArray[Any]", ranks: "NDArray[Any]")
     within = _counted(np.lexsort((ranks, inner)), inner)
     if len(groups) and inner.max() == groups.max():  # each group is one cell
         return within
-    stands = (within + 0.5) / np.bincount(inner)[inner]
+    start = _mixed(_mixed(cells.astype(np.uint64))) / 2.0**64 if scattered else 0.5
+    stands = (within + start) / np.bincount(inner)[inner]
     return _counted(np.lexsort((ranks, inner, stands, groups)), groups)
 
 
@@ -310,7 +329,7 @@ def _match(selections: Sequence[Selection], recipe: Recipe) -> None:
         where = np.searchsorted(shared, own).clip(0, max(0, len(shared) - 1))
         is_shared = np.isin(own, shared)
         room = fewest[where] if len(shared) else np.zeros(len(own), np.int64)
-        place = places(_numbered(own), each.kinds * 0, each.ranks[each.rows])
+        place = places(_numbered(own), own * 0, each.ranks[each.rows])
         each.keep(is_shared & (place < room), "match", "without a partner in the twin")
 
 
@@ -365,10 +384,8 @@ def _balance_sides(each: Selection) -> None:
     share = 0.5 if balance.lengths else balance.chosen_longer
     if share is None:
         return
-    signs = np.sign(each.differences)
-    sizes = _bins(np.abs(each.differences)) * (signs != 0) if balance.lengths else np.zeros(len(signs), np.int64)
-    # A tie has no size of its own, and is kept with any.
-    strata = _numbered(each.strata, sizes)
+    signs = each.signs
+    strata = _numbered(each.strata, each.sizes)
     counts = np.stack([np.bincount(strata[signs == sign], minlength=strata.max() + 1) for sign in (1, -1, 0)], 1)
     gone = [fewest_to_go(int(longer), int(shorter), int(ties), share) for longer, shorter, ties in counts]
     most = sum(most_with_share(int(longer), int(shorter), int(ties), share) for longer, shorter, ties in counts)
@@ -388,7 +405,7 @@ def _balance_topics(each: Selection) -> None:
     source_of[strata] = each.sources
     fewest = np.full(source_of.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(fewest, source_of, sizes)
-    place = places(strata, _numbered(each.cells[each.rows], each.kinds), each.ranks[each.rows])
+    place = each.even_places(strata)
     each.keep(
         place < fewest[source_of][strata], "balance of topics", "too many of its topic", float(fewest[source_of].sum())
     )
@@ -406,7 +423,7 @@ def _mix(each: Selection) -> None:
         return
     weights = np.array(shares, float) / sum(share for share in shares if share is not None)
     sources = each.sources
-    place = _even_places(each, sources)
+    place = each.even_places(sources)
     worth = np.ones(len(place), np.int64)
     if each.recipe.mix == "tokens":
         worth = each.columns.lengths[each.rows].astype(np.int64).sum(1)
@@ -420,12 +437,6 @@ def _mix(each: Selection) -> None:
         # The row that would go over its share is taken where most of it still belongs there.
         mask[own[so_far - worth[own] / 2 <= whole * weight + 1e-6]] = True
     each.keep(mask, "mixture", "more than its source's share")
-
-
-def _even_places(each: Selection, groups: "NDArray[Any]") -> "NDArray[Any]":
-    """Each row's place in its group, in which all that is balanced and matched comes evenly."""
-    kinds = _numbered(each.cells[each.rows], each.strata, each.kinds)
-    return places(_numbered(groups), kinds, each.ranks[each.rows])
 
 
 def _dose(each: Selection, turned: "NDArray[Any]") -> "NDArray[Any]":
@@ -444,7 +455,7 @@ def _dose(each: Selection, turned: "NDArray[Any]") -> "NDArray[Any]":
             fix="ask for fewer, or leave less out",
         )
     # Sources in their shares first, in each of them turned and other rows by halves, in these all else.
-    within = _even_places(each, each.sources * 2 + turned)
+    within = each.even_places(each.sources * 2 + turned)
     of_source = places(_numbered(each.sources), turned.astype(np.int64), within)
     place = places(np.zeros(rows, np.int64), each.sources, of_source)
     each.keep(place < wanted, "dose", "beyond the dose")
@@ -460,7 +471,7 @@ def _turned(each: Selection) -> "NDArray[Any]":
 
     found = np.zeros(len(each.rows), bool)
     ranks = _ranks(each.columns.hashes[each.rows], each.recipe.seed, "sides")
-    signs = np.sign(each.differences)
+    signs = each.signs
     for number, source in enumerate(each.recipe.source):
         own = np.flatnonzero(each.sources == number)
         if source.direction == "shuffled":
