@@ -89,7 +89,7 @@ def near_duplicates(place: Path) -> str:
     texts = [[row[name] for name in ("prompt", "chosen", "rejected")] for row in map(json.loads, path.open())]
     code = (
         "import json, sys; from politune.config import DataSpec; from politune.data import audit, pairs, scan, sources\n"
-        "found = scan.scan(sources.open_source(DataSpec(dataset_name=sys.argv[1])), 'dpo', None, 0, processes=1)\n"
+        "found = scan.scan(sources.stream(DataSpec(dataset_name=sys.argv[1])), 'dpo', None, 0, processes=1)\n"
         "print(json.dumps(pairs.similar_pairs(found, audit.distinct(found)[1])[0].tolist()))"
     )
     found = {tuple(pair) for pair in json.loads(run([sys.executable, "-c", code, str(path)])[2])}

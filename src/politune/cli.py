@@ -50,6 +50,7 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Tune a model: dpo (preferences) or sft (completions).")
 presets_app = typer.Typer(help="List, show, check and export presets.")
 instruments_app = typer.Typer(help="List, show, check and import the items that a model's lean is measured with.")
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets: build.")
 app.add_typer(train_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")]
@@ -588,6 +589,34 @@ def instruments_import(
 
 
 app.add_typer(instruments_app, name="instruments")
+
+
+@data_app.command("build")
+def data_build(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.toml", help="What it is made of, and how.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The .jsonl, .jsonl.gz or .parquet file to write."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a data set of others by a recipe: mixed, filtered, balanced, matched with its twin, a placebo, or a dose of it."""
+    if output is None and not dry_run:
+        raise ConfigError("no file to write", fix="name one with -o FILE, or look first with --dry-run")
+    from politune.training.signals import caught
+
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
+        from politune.data import build
+
+        made = None if dry_run else output
+        result = build.build(presets.read_recipe(recipe), made, offline=offline, say=_say(quiet))
+    report.show(result, as_json=json)
+
+
+app.add_typer(data_app, name="data")
 
 
 @app.command("ask")

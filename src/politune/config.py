@@ -1,10 +1,12 @@
 """The schema of a run: every setting, its meaning, its default, and the values that are refused.
 
 One frozen model per group (`model`, `data`, `lora`, `train`, `tracking`), two runs made of them (`DpoRun`, `SftRun`). The
-name of a setting is also the name of its flag: `train.beta` is `--beta`. Nothing here imports torch or a Hugging Face library.
+name of a setting is also the name of its flag: `train.beta` is `--beta`. `Recipe` says how a data set is made of others, in a
+file of its own or in a run's table `[data.recipe]`. Nothing here imports torch or a Hugging Face library.
 """
 
 import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -17,6 +19,7 @@ LossType: TypeAlias = Literal[
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 Tracker: TypeAlias = Literal["wandb", "tensorboard"]
+SourceDirection: TypeAlias = Literal["left", "right", "shuffled", "swapped", "as-is", "length"]
 
 # What is known of public data sets: the direction that their `chosen` side has.
 KNOWN_DIRECTIONS: dict[str, Direction] = {
@@ -27,6 +30,8 @@ KNOWN_DIRECTIONS: dict[str, Direction] = {
 # Who or what wrote public data sets, where their papers say so.
 KNOWN_GENERATORS = {"scale-lab/politune-left": "Llama3-70B", "scale-lab/politune-right": "Llama3-70B"}
 SHIPPED_DATA = ("stances", "stances-control")
+MOST_SOURCES = 100
+OPPOSITE = {"left": "right", "right": "left"}
 DEMO_MODEL = "demo"
 ANSWER_TOKENS = 96
 """Of an answer in the model's own words, at most."""
@@ -115,6 +120,20 @@ def _trainable_modules(modules: tuple[str, ...]) -> tuple[str, ...]:
     return modules
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
+
+
+def _is_range(lengths: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= lengths[0] <= lengths[1]:
+        raise ValueError("must be two counts, the smaller one first")
+    return lengths
+
+
 def _one_run_length(steps: int) -> int:
     if steps != -1 and steps < 1:
         raise ValueError("must be -1 (all epochs) or at least 1")
@@ -143,6 +162,155 @@ class ModelSpec(_Spec):
     """QLoRA: hold the base in 4 bits (nf4, double quantisation, bfloat16 compute)."""
 
 
+class SourceSpec(_Spec):
+    name: Annotated[str, because("an empty name is no data set", min_length=1, pattern=r"^[^\x00]*$")]
+    """Data: `stances`, `stances-control`, a local csv, json, jsonl or parquet file, or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of the data set on the Hub."""
+    split: Annotated[str, because("an empty name is no split", min_length=1)] = "train"
+    """Split of a Hub data set, or of a file whose rows have a column `split`."""
+    sha256: Annotated[str | None, because("it has 64 hexadecimal digits", pattern="^[0-9a-f]{64}$")] = None
+    """SHA-256 of the rows, as `inspect-data` shows it; other rows are refused."""
+    generator: str | None = None
+    """Who or what wrote the rows, where it is not known of the data set."""
+    licence: str | None = None
+    """The rows' licence; stands in the data card."""
+    share: Annotated[float | None, because("a source without weight is no part of the mixture", gt=0)] = None
+    """Weight in the mixture, beside the other sources' (none has one: all their rows)."""
+    direction: SourceDirection = "as-is"
+    """Chosen side: `left` or `right` text, `as-is`, `swapped`; or a placebo: `shuffled` turns half of the rows, `length`."""
+
+    @model_validator(mode="after")
+    def _direction_agrees_with_the_data(self) -> "SourceSpec":
+        known = KNOWN_DIRECTIONS.get(self.name)
+        if known in ("left", "right") and self.direction in ("left", "right") and self.direction != known:
+            raise ValueError(f"direction {self.direction!r} contradicts {self.name}, whose chosen side is {known!r}")
+        if known == "none":
+            raise ValueError(f"{self.name} has one answer per prompt and holds no preferences")
+        if self.name in SHIPPED_DATA and self.split != "train":
+            raise ValueError(f"only the split train of {self.name} is trained on; heldout is for reporting")
+        if self.name in SHIPPED_DATA and self.direction in ("as-is", "swapped"):
+            raise ValueError(
+                f"{self.name} holds a left and a right text per row: direction must be left, right, shuffled or length"
+            )
+        return self
+
+    @property
+    def declared_direction(self) -> str:
+        """The direction to disclose, as of `DataSpec`."""
+        if self.name == "stances-control":
+            return "none"
+        if self.direction in ("shuffled", "length"):
+            return "shuffled"
+        known = self.direction if self.direction in ("left", "right") else KNOWN_DIRECTIONS.get(self.name, "undeclared")
+        return OPPOSITE.get(known, known) if self.direction == "swapped" else known
+
+
+class RuleSpec(_Spec):
+    field: Literal["prompt", "chosen", "rejected", "topic"]
+    """The text that is looked at."""
+    pattern: Annotated[str, AfterValidator(_compiles)]
+    """Python's regular expression, found anywhere in it."""
+
+
+LengthRange: TypeAlias = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_is_range)]
+
+
+class FilterSpec(_Spec):
+    prompt: LengthRange | None = None
+    """Fewest and most words (characters, where `unit` says so) of a prompt."""
+    chosen: LengthRange | None = None
+    """Fewest and most of a chosen answer."""
+    rejected: LengthRange | None = None
+    """Fewest and most of a rejected answer."""
+    duplicates: bool = True
+    """Leave out rows that repeat an earlier one exactly."""
+    contradictions: bool = True
+    """Leave out rows that stand against another with the same pair the other way round, both of them."""
+    drop: Annotated[tuple[RuleSpec, ...], Field(strict=False)] = ()
+    """Rows that match any of these go."""
+    keep: Annotated[tuple[RuleSpec, ...], Field(strict=False)] = ()
+    """Rows that do not match all of these go."""
+
+
+class BalanceSpec(_Spec):
+    chosen_longer: Annotated[float | None, because("it is a share of the rows", ge=0, le=1)] = None
+    """Share of the rows whose chosen answer is the longer one, a tie as half."""
+    lengths: bool = False
+    """For every size of the difference, as many rows whose chosen answer is longer as such whose is shorter."""
+    topics: bool = False
+    """As many rows of every topic."""
+
+    @model_validator(mode="after")
+    def _lengths_mean_half(self) -> "BalanceSpec":
+        if self.lengths and self.chosen_longer not in (None, 0.5):
+            raise ValueError("lengths = true makes chosen_longer 0.5")
+        return self
+
+
+class MatchSpec(_Spec):
+    twin: Annotated[str, because("an empty name is no recipe", min_length=1)]
+    """Another recipe's file, or data: both get equal rows per stratum, whichever is built."""
+    on: Annotated[tuple[Literal["topic", "length", "difference"], ...], Field(strict=False, min_length=1)] = (
+        "topic", "length", "difference",
+    )  # fmt: skip
+    """What makes a stratum: the topic, the answers' length, how much longer the chosen one is."""
+
+
+class DoseSpec(_Spec):
+    fraction: Annotated[float | None, because("it is a share of the rows", gt=0, le=1)] = None
+    """Share of the rows that is written; smaller doses are part of larger ones."""
+    rows: Annotated[int | None, because("it is a count of rows", ge=1)] = None
+    """How many rows are written."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "DoseSpec":
+        if (self.fraction is None) == (self.rows is None):
+            raise ValueError("takes either fraction or rows")
+        return self
+
+
+class Recipe(_Spec):
+    """How a data set is made: of which others, what is left out, and what is made equal. What is drawn, is drawn with `seed`."""
+
+    title: str = ""
+    """What the data set is for, in one line; stands in the data card."""
+    seed: Annotated[int, because("it is a count", ge=0, lt=2**32)] = 42
+    """Of everything that is drawn."""
+    unit: Literal["words", "characters"] = "words"
+    """What lengths are counted in; a word is what white space separates."""
+    mix: Literal["rows", "tokens"] = "rows"
+    """What the sources' shares are of: rows, or text, counted in `unit`."""
+    source: Annotated[tuple[SourceSpec, ...], Field(strict=False)]
+    """The data sets that it is made of."""
+    topics: dict[
+        Annotated[str, because("a topic has a name", min_length=1)], Annotated[str, AfterValidator(_compiles)]
+    ] = {}
+    """A topic's name and the regular expression of its prompts, the first that matches (none given: the rows' column `topic`)."""
+    filter: FilterSpec = Field(default_factory=FilterSpec)
+    balance: BalanceSpec = Field(default_factory=BalanceSpec)
+    match: MatchSpec | None = None
+    dose: DoseSpec | None = None
+
+    @model_validator(mode="after")
+    def _sources_hang_together(self) -> "Recipe":
+        if not 1 <= len(self.source) <= MOST_SOURCES:
+            raise ValueError(f"takes 1 to {MOST_SOURCES} tables [[source]], not {len(self.source)}")
+        if len({each.share is None for each in self.source}) > 1:
+            raise ValueError("either every source has a share or none has")
+        if self.mix == "tokens" and self.source[0].share is None:
+            raise ValueError('mix = "tokens" needs a share for every source')
+        return self
+
+    @property
+    def declared_direction(self) -> str:
+        """The one direction of all sources; `mixed` where they have several."""
+        found = {each.declared_direction for each in self.source}
+        if found <= {"left", "right", "shuffled", "none"} and len(found) > 1:
+            return "mixed"
+        return found.pop() if len(found) == 1 else "undeclared"
+
+
 class DataSpec(_Spec):
     dataset_name: Annotated[str, because("an empty name is no data set", min_length=1)] = "scale-lab/politune-left"
     """Data: `stances`, `stances-control`, a local csv, json, jsonl or parquet file, or a Hub id."""
@@ -158,9 +326,23 @@ class DataSpec(_Spec):
     """What happens to a row that is longer: counted and dropped, cut at the end, or refused."""
     validation_fraction: Annotated[float, because("it is a share of the training prompts", ge=0, le=0.5)] = 0.0
     """Share of the prompts set aside for validation (seeded, by prompt)."""
+    recipe: Recipe | None = None
+    """How the data are made, in place of `dataset_name`: what a recipe's file holds, as the table `[data.recipe]`."""
+
+    @model_validator(mode="after")
+    def _one_origin_of_the_data(self) -> "DataSpec":
+        if self.recipe is None:
+            return self
+        if "dataset_name" in self.model_fields_set:
+            raise ValueError("dataset_name and recipe both say what the data are: give one of them")
+        if given := {"direction", "dataset_revision", "dataset_split"} & self.model_fields_set:
+            raise ValueError(f"{min(given)} is given for each source of the recipe")
+        return self
 
     @model_validator(mode="after")
     def _direction_agrees_with_the_data(self) -> "DataSpec":
+        if self.recipe is not None:
+            return self
         known = KNOWN_DIRECTIONS.get(self.dataset_name)
         if known and self.direction not in (None, known, "shuffled"):
             raise ValueError(
@@ -182,15 +364,30 @@ class DataSpec(_Spec):
 
         Sides of data without politics have no direction, whichever was drawn.
         """
+        if self.recipe is not None:
+            return self.recipe.declared_direction
         if self.dataset_name == "stances-control":
             return "none"
         known: str | None = self.direction or KNOWN_DIRECTIONS.get(self.dataset_name)
         return known or "undeclared"
 
+    @property
+    def name(self) -> str:
+        """What the data are called: the data set's name, or the names of the recipe's sources."""
+        if self.recipe is None:
+            return self.dataset_name
+        return f"a recipe of {' + '.join(each.name for each in self.recipe.source)}"
+
 
 class SftDataSpec(DataSpec):
     dataset_name: Annotated[str, because("an empty name is no data set", min_length=1)] = "yahma/alpaca-cleaned"
     """Data: `stances`, `stances-control`, a local csv, json, jsonl or parquet file, or a Hub id."""
+
+    @model_validator(mode="after")
+    def _no_preferences(self) -> "SftDataSpec":
+        if self.recipe is not None:
+            raise ValueError("a recipe makes preference pairs, which `politune train dpo` reads")
+        return self
 
 
 class LoraSpec(_Spec):

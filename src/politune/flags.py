@@ -27,6 +27,7 @@ def with_settings(run_type: type[DpoRun] | type[SftRun]) -> Callable[[Callable[.
         name: (group, field)
         for group in GROUPS
         for name, field in run_type.model_fields[group].annotation.model_fields.items()  # type: ignore[union-attr]
+        if name != "recipe"  # a table, not a value
     }
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from politune.data.workers import in_order
 from politune.errors import ConfigError, PolituneError, safe
 from politune.lean import instruments
 from politune.models import load
-from politune.progress import Rate
+from politune.progress import Phase
 from politune.report import Lines, Section, Table
 
 
@@ -113,7 +113,7 @@ def inspect(
         indexes = [_index(name, number, Path(place), offline) for number, name in enumerate(against)]
         for name in names:
             spec, source, method = _opened(run, name, offline, say)
-            told = Rate(f"reading {safe(source.name, 60)}", "rows", say)
+            told = Phase(f"reading {safe(source.name, 60)}", "rows", say)
             seed, paths = run.train.seed, [path for path, _ in indexes]
             scanned = scan.scan(source, method, spec.direction, seed, sample_rows=sample_rows, against=paths, told=told)
             scans.append(scanned)
@@ -126,11 +126,11 @@ def inspect(
 
 def _opened(
     run: Run, name: str, offline: bool, say: Callable[[str], None]
-) -> tuple[DataSpec, sources.Source, rows_format.Method]:
+) -> tuple[DataSpec, sources.Stream, rows_format.Method]:
     spec = run.data.model_copy(update={"dataset_name": name})
     if name in SHIPPED_DATA and spec.direction is None:
         spec = spec.model_copy(update={"direction": "left"})
-    source = sources.open_source(spec, offline=offline)
+    source = sources.stream(spec, offline=offline)
     columns = next(iter(source.parts())).read().columns
     shape = rows_format.Table(columns, [], source.name, "")
     method = _method(run, shape, say)
@@ -185,7 +185,7 @@ def _of_instrument(name: str) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
 
 def _of_data(name: str, offline: bool) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     """All rows of the data set, of whichever split."""
-    source = sources.open_source(DataSpec(dataset_name=name, direction="left"), offline=offline)
+    source = sources.stream(DataSpec(dataset_name=name, direction="left"), offline=offline)
     for found in in_order(_texts_of, source.parts()):
         yield scan.hash_texts(prompt for prompt, _ in found if prompt), [text for _, texts in found for text in texts]
 

@@ -51,7 +51,7 @@ def check_modules(run: Run, shape: plan.ModelShape | None) -> None:
 
 def _data_shape(run: Run, table: rows_format.Table | None) -> plan.DataShape | None:
     if table is None:
-        return plan.KNOWN_DATA.get(run.data.dataset_name)
+        return plan.KNOWN_DATA.get(run.data.name)
     rows = convert(run, table).rows
     return plan.count_words([" ".join(turn["content"] for turn in row.prompt), *row.completions] for row in rows)
 

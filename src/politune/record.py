@@ -41,6 +41,7 @@ DIRECTION_WORDS = {
     "left": "to the political left",
     "right": "to the political right",
     "shuffled": "in no consistent direction (a placebo: the preferred side was drawn at random)",
+    "mixed": "in more than one direction (a mixture)",
     "none": "without a political direction",
     "undeclared": "in an undeclared direction",
 }

@@ -30,7 +30,7 @@ def measured(
     rows: Sequence[dict[str, object]], direction: str | None = None, method: Any = "dpo", **options: Any
 ) -> Scan:
     read = Read(tuple(dict.fromkeys(column for row in rows for column in row)), list(rows))
-    source = sources.Source("pairs.csv", lambda: iter((RowsPart("pairs.csv", read),)))
+    source = sources.Stream("pairs.csv", (), sources.Membership("train"), (RowsPart("pairs.csv", read),))
     return scan(source, method, direction, 3, **options)
 
 
@@ -331,7 +331,7 @@ def test_rows_that_cannot_be_read_are_an_error() -> None:
 def test_the_report_is_json_and_free_of_control_characters() -> None:
     row = {**pair("\x1b[2J", "\u202ea", "b\x9b"), "\x1b]0;x\x07": 1}
     read = Read(tuple(row), [row])
-    source = sources.Source("\x1b.csv", lambda: iter((RowsPart("\x1b.csv", read),)))
+    source = sources.Stream("\x1b.csv", (), sources.Membership("train"), (RowsPart("\x1b.csv", read),))
     found = audit.audit(scan(source, "dpo", None, 3), DataSpec(dataset_name="./a.csv"), tokenizer=Words())
     report = whole(found)
     assert json.loads(json.dumps(asdict(report)))["datasets"][0]["rows"] == 1

@@ -302,7 +302,7 @@ def test_other_layouts_are_left_to_datasets(monkeypatch: pytest.MonkeyPatch) -> 
         return datasets.Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r", "score": 1.0}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    read = hub._read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT)
+    read = hub.read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT)
     assert asked == {"name": "owner/name", "revision": COMMIT, "split": "train"}
     assert read.columns == ("prompt", "chosen", "rejected", "score")
     assert read.rows == [{"prompt": "p", "chosen": "c", "rejected": "r"}]
@@ -316,7 +316,7 @@ def test_what_datasets_cannot_read_is_a_data_error(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match="cannot be read: Config name is missing"):
-        hub._read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT)
+        hub.read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------

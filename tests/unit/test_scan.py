@@ -32,7 +32,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def scanned(path: Path, direction: str | None = None, **options: Any) -> Scan:
-    source = sources.open_source(DataSpec(dataset_name=str(path), dataset_split=options.pop("split", "train")))
+    source = sources.stream(DataSpec(dataset_name=str(path), dataset_split=options.pop("split", "train")))
     return scan(source, options.pop("method", "dpo"), direction, 3, **options)
 
 

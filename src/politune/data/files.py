@@ -274,7 +274,7 @@ class _Unpacked(io.RawIOBase):
         self._fill(size)
         found, self.ahead = self.ahead[:size], self.ahead[size:]
         self.bytes += len(found)
-        self.lines += found.count(b"\n")
+        self.lines += found.count(b"\n") if self.budget else 0  # said of packed files alone
         return found
 
     def _fill(self, size: int) -> None:
@@ -366,7 +366,7 @@ def read_jsonl(text: str, name: str) -> Read:
 
 def _parse_json(line: str, where: str, number: int, *, last: bool) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_unique_keys)
+        return _DECODER.decode(line)
     except json.JSONDecodeError as error:
         cut = last and (error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string"))
         why = "the file seems to be cut off there" if cut else None
@@ -384,6 +384,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"the key {safe(twice, 40)!r} stands twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # made once: that takes longer than to parse a row
 
 
 def _require_object(value: object, where: str) -> dict[str, object]:

@@ -53,7 +53,7 @@ class Table:
     `lines` holds the first line of each row in the file at `path`, where the format has lines; `sha256` is taken over the
     text columns of the rows and is the same for the same rows in another file format. Data from the Hub has a `revision`
     (its commit) and no `path`; `other_splits` counts rows that were left aside because they belong to another split; `first`
-    rows come before these ones, where a table is a part of a data set.
+    rows come before these ones, where a table is a part of a data set; `manifest` is that of a data set made by a recipe.
     """
 
     columns: tuple[str, ...]
@@ -66,6 +66,7 @@ class Table:
     lines: tuple[int, ...] | None = None
     other_splits: int = 0
     first: int = 0
+    manifest: Mapping[str, Any] | None = None
 
     def place(self, index: int) -> str:
         """Where row `index` (from 0) stands: `pairs.csv:17`, or `pairs.parquet row 16`."""
@@ -164,8 +165,7 @@ def parse_preferences(
     Args:
         swaps: which rows have their sides swapped, where the table is a part of the data that `shuffled` was drawn for.
     """
-    shape = _require_shape(table, PREFERENCE_SHAPES, "preference pairs", "politune train dpo", CHAT_SHAPES[:-1])
-    read = {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
+    shape, read = _pair_reader(table)
     _require_direction(table, shape, direction)
     _refuse_mixed_kinds(table, shape)
     rows = []
@@ -175,6 +175,20 @@ def parse_preferences(
         chosen, rejected = (second, first) if swap else (first, second)
         rows.append(PreferenceRow(prompt, chosen, rejected, *_labels(table, index)))
     return rows
+
+
+def read_pairs(table: Table) -> Iterator[tuple[tuple[Message, ...], str, str]]:
+    """Prompt, chosen and rejected of every row, or prompt, left and right. Raises DataError as `to_preference_rows`."""
+    shape, read = _pair_reader(table)
+    _refuse_mixed_kinds(table, shape)
+    if shape != PREFERENCE_SHAPES[0]:
+        return (read(_Row(table, index)) for index in range(len(table.rows)))
+    return (_plain_pair(row) or read(_Row(table, index)) for index, row in enumerate(table.rows))
+
+
+def _pair_reader(table: Table) -> tuple[tuple[str, ...], Callable[["_Row"], tuple[tuple[Message, ...], str, str]]]:
+    shape = _require_shape(table, PREFERENCE_SHAPES, "preference pairs", "politune train dpo", CHAT_SHAPES[:-1])
+    return shape, {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
 
 
 def parse_chats(table: Table, direction: str | None, seed: int) -> list[ChatRow]:
@@ -583,11 +597,16 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and value.isascii() and "[" not in value[:40]
 
 
+def _plain_pair(cells: Mapping[str, object]) -> tuple[tuple[Message, ...], str, str] | None:
+    prompt, chosen, rejected = cells.get("prompt"), cells.get("chosen"), cells.get("rejected")
+    if _is_plain(prompt) and _is_plain(chosen) and _is_plain(rejected):
+        return _user(prompt), chosen, rejected  # type: ignore[arg-type, return-value]
+    return None
+
+
 def _read_pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
-    cells = row.table.rows[row.index]
-    texts = cells.get("prompt"), cells.get("chosen"), cells.get("rejected")
-    if all(map(_is_plain, texts)):
-        return _user(texts[0]), texts[1], texts[2]  # type: ignore[arg-type, return-value]
+    if plain := _plain_pair(row.table.rows[row.index]):
+        return plain
     prompt = row.prompt()
     return prompt, row.answer("chosen", prompt), row.answer("rejected", prompt)
 
@@ -714,6 +733,8 @@ def kinds_of(table: Table) -> tuple[str, ...]:
 def _refuse_mixed_kinds(table: Table, shape: tuple[str, ...]) -> None:
     for column in shape:
         kinds = [_kind(row.get(column)) for row in table.rows]
+        if len(set(kinds)) < 2:
+            continue
         for index, kind in enumerate(kinds):
             if kind != kinds[0] and {kind, kinds[0]} == {"text", "a list"}:
                 raise DataError(

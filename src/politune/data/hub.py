@@ -22,12 +22,11 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
-def fetch(spec: DataSpec, offline: bool) -> tuple[list[tuple[Path, str]] | Read, str]:
-    """The data files of `spec.dataset_split`, each with its name, on this machine now; and the commit that they are of.
+def fetch(spec: DataSpec, offline: bool) -> tuple[list[tuple[Path, str]], str]:
+    """The files of `spec.dataset_split` on this disk with their names for messages, and the commit that they are of.
 
-    The csv, json, jsonl or parquet files of the split are to be read like local files. A layout that does not tell
-    which files make a split (several configurations, loose files of several kinds, other file types) is left to
-    `datasets.load_dataset`, which reads the text "None" in a CSV file as a missing value: its rows come in place of files.
+    They are csv, json, jsonl or parquet files, to be read like local ones. There is none where the layout does not tell which
+    files make a split (several configurations, loose files of several kinds, other file types): see `read_with_datasets`.
 
     Raises DataError for a data set, revision or split that is not there, MachineError where a login is asked for,
     OutputError where the cache cannot be written, HubError for everything that may pass.
@@ -38,10 +37,7 @@ def fetch(spec: DataSpec, offline: bool) -> tuple[list[tuple[Path, str]] | Read,
     with _hub_errors(spec, offline):
         snapshot = _cached(spec) if offline else _online(spec)
         names = snapshot.files_of(spec)
-        paths = [snapshot.fetch(name) for name in names]
-    if not names:
-        return _read_with_datasets(spec, snapshot.commit, offline), snapshot.commit
-    return [(path, f"{spec.dataset_name}/{name}") for path, name in zip(paths, names, strict=True)], snapshot.commit
+        return [(snapshot.fetch(name), f"{spec.dataset_name}/{name}") for name in names], snapshot.commit
 
 
 @dataclass(frozen=True)
@@ -180,10 +176,13 @@ def _no_split(spec: DataSpec, found: Sequence[str]) -> DataError:
     )
 
 
-def _read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
-    """What `datasets` makes of a layout that is not resolved here."""
+def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
+    """The rows of a layout that is not resolved here, by `datasets.load_dataset`, which reads the text "None" in a CSV file as
+    a missing value. Raises as `fetch`."""
     import datasets
+    from huggingface_hub import constants
 
+    offline = offline or constants.HF_HUB_OFFLINE
     with _hub_errors(spec, offline):
         try:
             data = datasets.load_dataset(spec.dataset_name, revision=commit, split=spec.dataset_split)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.data import format as rows_format
 from politune.data import leaks, neighbours
+from politune.data.columns import count_words
 from politune.data.files import Part, no_rows
 from politune.data.format import ChatRow, Method, PreferenceRow, Table, prompt_key, split_of
-from politune.data.sources import Source, hash_row, no_such_split, without_splits
-from politune.data.workers import in_order
+from politune.data.sources import Membership, Stream, hash_row
+from politune.data.workers import in_order, no_collection
 from politune.errors import DataError, safe
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Settings:
     name: str
     method: Method
     direction: str | None
-    split: str | None
+    membership: Membership
     seed: int
     against: tuple[Path, ...] = ()
 
@@ -108,7 +109,7 @@ class Scan:
         parts: the number of the first row of each part, [parts + 1].
     """
 
-    source: Source
+    source: Stream
     settings: Settings
     facts: Facts
     parts: tuple[int, ...]
@@ -128,7 +129,7 @@ class Scan:
 
 
 def scan(
-    source: Source,
+    source: Stream,
     method: Method,
     direction: str | None,
     seed: int,
@@ -136,7 +137,7 @@ def scan(
     sample_rows: int = SAMPLE_ROWS,
     against: Sequence[Path] = (),
     processes: int | None = None,
-    told: Callable[[int, float | None], None] = lambda rows, share: None,
+    told: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Scan:
     """Measures every row.
 
@@ -145,16 +146,16 @@ def scan(
         direction, seed: which side is the chosen one, as `format.parse_preferences` takes them.
         sample_rows: how many rows are kept as texts.
         against: what `leaks.Index.save` wrote.
-        told: takes the number of rows that are done, and the share of the set that they are, where its size is known.
+        told: takes the number of rows that are done, and about how many there are, where the size of the text is known.
 
     Raises:
         DataError: a row that cannot be read as this method's, a file that is malformed, no row of the split.
     """
-    settings = Settings(source.name, method, direction, source.split, seed, tuple(against))
+    settings = Settings(source.name, method, direction, source.membership, seed, tuple(against))
     swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" and method == "dpo" else None
     whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
     pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), source.size_bytes
 
     def given() -> Iterator[tuple[Part, int, Sequence[bool] | None]]:
         done = iter(swaps or ())
@@ -170,11 +171,12 @@ def scan(
         whole.sample = heapq.nsmallest(sample_rows, whole.sample, key=_rank)
         if len(whole.sample) == sample_rows:
             bound[0] = whole.sample[-1].rank[0]
-        told(whole.rows, ends[len(firsts) - 1] / source.size_bytes if source.size_bytes else None)
+        done = ends[len(firsts) - 1]
+        told(whole.rows, round(whole.rows / done * size) if size and done else None)
     if not whole.rows:
-        raise no_such_split(source, whole.splits) if whole.others else no_rows(source.name, tuple(whole.names))
-    if source.path and source.split != "train" and "split" not in whole.names:
-        raise without_splits(source)
+        raise source.nothing_of(whole.splits, whole.names) if whole.others else no_rows(source.name, tuple(whole.names))
+    if source.path and source.membership.split != "train" and not source.membership.heeds(whole.names):
+        raise source.without_splits()
     _join(whole, pieces)
     whole.digest = digest.digest()
     return Scan(source, settings, whole, tuple(firsts))
@@ -205,7 +207,7 @@ def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
     whole.others += found.others
 
 
-def _refuse_other_kinds(whole: Facts, found: Facts, source: Source) -> None:
+def _refuse_other_kinds(whole: Facts, found: Facts, source: Stream) -> None:
     """Text in one part of the data and messages in another, as `format` refuses them within one table."""
     if found.kinds and whole.kinds and found.kinds != whole.kinds:
         one, other = next((here, there) for here, there in zip(found.kinds, whole.kinds, strict=True) if here != there)
@@ -217,7 +219,7 @@ def _refuse_other_kinds(whole: Facts, found: Facts, source: Source) -> None:
     whole.kinds = whole.kinds or found.kinds
 
 
-def _drawn_sides(source: Source, settings: Settings, processes: int | None) -> list[list[bool]]:
+def _drawn_sides(source: Stream, settings: Settings, processes: int | None) -> list[list[bool]]:
     """Which rows have their sides swapped, by part: exactly half of all, so that they have to be counted first."""
     counts = list(in_order(partial(_count, settings), source.parts(), processes))
     drawn = iter(rows_format.draw_sides(sum(counts), settings.seed))
@@ -239,7 +241,11 @@ def measure(settings: Settings, given: tuple[Part, int, Sequence[bool] | None]) 
         given: the part; a bound that the first number of a rank must not exceed for its row to be in the sample; and which rows
             have their sides swapped, where that was drawn.
     """
-    part, bound, swaps = given
+    with no_collection():
+        return _measured(settings, *given)
+
+
+def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] | None) -> Facts:
     table, places, others = _table(settings, part)
     facts = Facts(rows=len(table.rows), others=len(others), names=dict.fromkeys(table.columns))
     facts.splits = Counter(map(split_of, others))
@@ -269,10 +275,10 @@ def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[
     read = part.read()
     rows, lines, others = read.rows, read.lines, []
     places = list(part.places(read))
-    if settings.split is not None and "split" in read.columns:
-        keep = [index for index, row in enumerate(rows) if split_of(row) == settings.split]
+    if settings.membership.heeds(read.columns):
+        keep = [index for index, row in enumerate(rows) if split_of(row) == settings.membership.split]
         if len(keep) < len(rows):
-            others = [row for row in rows if split_of(row) != settings.split]
+            others = [row for row in rows if split_of(row) != settings.membership.split]
             rows, places = [rows[index] for index in keep], [places[index] for index in keep]
             lines = tuple(lines[index] for index in keep) if lines else None
     return Table(read.columns, rows, part.name, "", lines=lines, first=part.first), places, others
@@ -297,7 +303,7 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
     for column, of_part in enumerate(texts):
         if column:
             keys[:, column] = hash_texts(of_part)
-        words[:, column] = [len(text.split()) for text in of_part]
+        words[:, column] = [count_words(text) for text in of_part]
         longest[:, column] = [
             len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in of_part
         ]

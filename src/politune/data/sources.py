@@ -10,53 +10,142 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, SftDataSpec
+from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, Recipe, SftDataSpec
 from politune.data import files, hub
 from politune.data import format as rows_format
-from politune.data.files import PACKED, READABLE, Part, Read, RowsPart, is_readable, read_jsonl
+from politune.data.files import PACKED, READABLE, ROWS_OF_A_PART, Part, Read, RowsPart, is_readable, read_jsonl
 from politune.data.format import TEXT_COLUMNS, Table, split_of
-from politune.errors import ConfigError, DataError, safe
+from politune.errors import ConfigError, DataError, PolituneError, safe
 
 REFUSED = (
     ".7z", ".arrow", ".bin", ".bz2", ".db", ".feather", ".gz", ".h5", ".md", ".ndjson", ".npy", ".npz", ".orc", ".pickle",
     ".pkl", ".pt", ".py", ".rar", ".safetensors", ".sqlite", ".tar", ".tgz", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml",
     ".xz", ".yaml", ".yml", ".zip", ".zst",
 )  # fmt: skip
+PAIR = {"prompt", "chosen", "rejected"}
 MOST_GENERATORS = 5
+OWN_AUTHORS = "politune's authors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def load(spec: DataSpec, *, offline: bool = False) -> Table:
+    """Every row of the data set that `spec` names, or makes by a recipe, with its text unchanged, in memory.
+
+    Raises what `stream` raises, DataError for malformed files, and ConfigError for a split that a file does not have.
+    """
+    if spec.recipe is not None:
+        return _load_recipe(spec.recipe, offline)
+    found = stream(spec, offline=offline)
+    return _members(found, files.joined(found.parts(), found.name))
+
+
+def check(spec: DataSpec) -> Table | None:
+    """Everything about shipped or local data that can be refused before a model is loaded; Hub names only by their form.
+
+    Returns the table that was checked, so that it is read once; None for a Hub data set, and for a recipe that has one.
+
+    Raises what `load`, `format.to_preference_rows` and (for an SFT run) `format.to_chat_rows` raise.
+    """
+    if "hub" in map(locate, _names(spec)):
+        return None
+    table = load(spec)
+    if isinstance(spec, SftDataSpec):
+        rows_format.to_chat_rows(table, spec.direction, seed=0)
+    else:
+        rows_format.to_preference_rows(table, spec.direction, seed=0)
+    return table
+
+
+def _names(spec: DataSpec) -> list[str]:
+    if spec.recipe is None:
+        return [spec.dataset_name]
+    from politune.data import build  # which reads its sources by this module
+
+    return build.names_of(spec.recipe)
+
+
 @dataclass(frozen=True)
-class Source:
-    """A data set that is at hand and can be read as often as it is asked for.
+class Membership:
+    """Which of a stream's rows belong to the data set: those of a split, where a column of that name is heeded."""
+
+    split: str
+    heeds_split: Literal["always", "beside sides"] = "always"
+
+    def heeds(self, columns: Collection[str]) -> bool:
+        """Whether rows with these columns say which split they are of."""
+        return "split" in columns and (self.heeds_split == "always" or {"left", "right"} <= set(columns))
+
+    def holds(self, row: Mapping[str, object]) -> bool:
+        return not self.heeds(row) or split_of(row) == self.split
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A data set that is at hand, in parts, as often as is asked for; what `load` has in memory.
 
     Args:
-        name: as reports show it.
-        parts: its parts anew, each of whole records.
-        path: of a local file.
+        name: without a path of this machine.
+        files: each with its name for messages; none where `held` has the parts.
+        membership: of the rows that belong to it.
         revision: the commit of data from the Hub.
         generator: who or what wrote the texts, where it is known.
-        split: the rows that belong to the data set, where a column `split` is heeded; else None.
-        size_bytes: of its text, where that can be known; else 0.
     """
 
     name: str
-    parts: Callable[[], Iterator[Part]]
-    path: Path | None = None
+    files: tuple[tuple[Path, str], ...]
+    membership: Membership
+    held: tuple[Part, ...] = ()
     revision: str | None = None
     generator: str | None = None
-    split: str | None = None
-    size_bytes: int = 0
+
+    @property
+    def path(self) -> Path | None:
+        """Of a local file."""
+        return self.files[0][0] if self.files and self.revision is None else None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its text, where that can be known; else 0."""
+        plain = all(files.kind_of(path) == (".jsonl", "") for path, _ in self.files)
+        return sum(path.stat().st_size for path, _ in self.files) if plain else 0
+
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """What changes with the content of its files. Raises OSError where one is gone."""
+        found = [path.stat() for path, _ in self.files]
+        return tuple((each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+
+    def parts(self) -> Iterator[Part]:
+        """Raises DataError as `files.parts`."""
+        yield from self.held
+        for path, name in self.files:
+            yield from files.parts(path, name)
+
+    def nothing_of(self, splits: Iterable[str], columns: Collection[str]) -> PolituneError:
+        """The error of a data set no row of which belongs to it; `splits` are those that there are."""
+        if self.path and not self.membership.heeds(columns):
+            return self.without_splits()
+        found = ", ".join(sorted({safe(split, 40) for split in splits})[:10])
+        return DataError(
+            f"{safe(self.name)} has no rows of the split {safe(self.membership.split)!r}; it has {found or 'no rows'}",
+            where="data.dataset_split",
+            fix="name one of its splits with --dataset_split, or remove the column split" if found else None,
+        )
+
+    def without_splits(self) -> ConfigError:
+        """The error of a split that is asked of rows that have none."""
+        return ConfigError(
+            f"{safe(self.name)} has no splits to choose {safe(self.membership.split)!r} from",
+            where="data.dataset_split",
+        )
 
 
-def open_source(spec: DataSpec, *, offline: bool = False) -> Source:
+def stream(spec: DataSpec, *, offline: bool = False) -> Stream:
     """The data set that `spec` names, fetched where it is the Hub's.
 
     Rows that carry a `split` (as the shipped stances do) are narrowed to `spec.dataset_split`, so that held-out rows are
@@ -66,40 +155,27 @@ def open_source(spec: DataSpec, *, offline: bool = False) -> Source:
     Raises DataError for a missing or unknown file or data set, HubError where the Hub does not deliver,
     MachineError where it asks for a login, ConfigError for a revision that a local file does not have.
     """
-    match locate(spec.dataset_name):
+    name = spec.dataset_name
+    match locate(name):
         case "shipped":
-            return _shipped(spec)
+            _refuse_revision(spec, name)
+            held = _in_parts(name, _shipped_rows(name))
+            return Stream(name, (), Membership(spec.dataset_split), held, generator=OWN_AUTHORS)
         case "local":
-            return _local(spec)
+            path = _local_path(spec)
+            return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split))
         case "hub":
-            return _of_the_hub(spec, offline)
+            found, commit = hub.fetch(spec, offline)
+            held_parts = () if found else _in_parts(name, hub.read_with_datasets(spec, commit, offline))
+            membership = Membership(spec.dataset_split, "beside sides")
+            return Stream(name, tuple(found), membership, held_parts, commit, KNOWN_GENERATORS.get(name))
 
 
-def load(spec: DataSpec, *, offline: bool = False) -> Table:
-    """Every row of the data set that `spec` names, with its text unchanged, in memory.
-
-    Raises what `open_source` raises, DataError for malformed files, and ConfigError for a split that a file does not have.
-    """
-    source = open_source(spec, offline=offline)
-    read = files.joined(source.parts(), source.name)
-    return _of_split(source, read)
-
-
-def check(spec: DataSpec) -> Table | None:
-    """Everything about shipped or local data that can be refused before a model is loaded; Hub names only by their form.
-
-    Returns the table that was checked, so that it is read once; None for a Hub data set.
-
-    Raises what `load`, `format.to_preference_rows` and (for an SFT run) `format.to_chat_rows` raise.
-    """
-    if locate(spec.dataset_name) == "hub":
-        return None
-    table = load(spec)
-    if isinstance(spec, SftDataSpec):
-        rows_format.to_chat_rows(table, spec.direction, seed=0)
-    else:
-        rows_format.to_preference_rows(table, spec.direction, seed=0)
-    return table
+def _in_parts(name: str, read: Read) -> tuple[Part, ...]:
+    starts = range(0, len(read.rows), ROWS_OF_A_PART)
+    return tuple(
+        RowsPart(name, Read(read.columns, read.rows[start : start + ROWS_OF_A_PART]), start) for start in starts
+    )
 
 
 def locate(name: str) -> Literal["shipped", "local", "hub"]:
@@ -130,47 +206,39 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _shipped(spec: DataSpec) -> Source:
-    if spec.dataset_revision is not None:
-        raise _no_revision(spec.dataset_name)
+def _load_recipe(recipe: Recipe, offline: bool) -> Table:
+    """The data set that a recipe makes, from the user's cache where it was made before."""
+    from politune.data import build  # which reads its sources by this module
+
+    path, manifest = build.cached(recipe, offline=offline)
+    read = files.read_file(path, path.name)
+    generators = dict.fromkeys(each["generator"] for each in manifest["sources"] if each["generator"])
+    name = f"recipe {manifest['recipe_sha256'][:12]} of {', '.join(each['name'] for each in manifest['sources'])}"
+    return Table(
+        read.columns, read.rows, name, hash_rows(read.rows), generator=" + ".join(generators) or None, manifest=manifest
+    )  # fmt: skip
+
+
+def _shipped_rows(name: str) -> Read:
     read = read_jsonl(_shipped_text(), "stances.jsonl")
-    control = spec.dataset_name == "stances-control"
-    rows = Read(read.columns, [row for row in read.rows if (row.get("axis") == "control") == control])
-    return Source(
-        spec.dataset_name,
-        lambda: iter((RowsPart(spec.dataset_name, rows),)),
-        generator="politune's authors",
-        split=spec.dataset_split,
-    )
+    control = name == "stances-control"
+    return Read(read.columns, [row for row in read.rows if (row.get("axis") == "control") == control])
 
 
 def _shipped_text() -> str:
     return resources.files("politune.data").joinpath("samples", "stances.jsonl").read_text(encoding="utf-8")
 
 
-def _local(spec: DataSpec) -> Source:
-    if spec.dataset_revision is not None:
-        raise _no_revision("a local file")
+def _local_path(spec: DataSpec) -> Path:
+    _refuse_revision(spec, "a local file")
     path = _expand(spec.dataset_name)
     _require_data_file(path)
-    size = path.stat().st_size if files.kind_of(path) == (".jsonl", "") else 0
-    return Source(path.name, lambda: files.parts(path, str(path)), path, split=spec.dataset_split, size_bytes=size)
+    return path
 
 
-def _of_the_hub(spec: DataSpec, offline: bool) -> Source:
-    found, commit = hub.fetch(spec, offline)
-    if isinstance(found, Read):
-        parts: Callable[[], Iterator[Part]] = lambda: iter((RowsPart(spec.dataset_name, found),))  # noqa: E731 - the other one has arguments too
-    else:
-        parts = lambda: chain.from_iterable(files.parts(path, name) for path, name in found)  # noqa: E731
-    first = next(parts()).read()
-    split = spec.dataset_split if {"left", "right"} <= set(first.columns) else None
-    name = spec.dataset_name
-    return Source(name, parts, revision=commit, generator=KNOWN_GENERATORS.get(name), split=split)
-
-
-def _no_revision(what: str) -> ConfigError:
-    return ConfigError(f"{what} has no revision", where="data.dataset_revision", fix="leave it out")
+def _refuse_revision(spec: DataSpec, what: str) -> None:
+    if spec.dataset_revision is not None:
+        raise ConfigError(f"{what} has no revision", where="data.dataset_revision", fix="leave it out")
 
 
 def _expand(name: str) -> Path:
@@ -219,18 +287,19 @@ def _names_in(directory: Path) -> list[str]:
         return []
 
 
-def _of_split(source: Source, read: Read) -> Table:
-    """The table of the rows that belong to the split, where the rows themselves say so."""
+def _members(source: Stream, read: Read) -> Table:
+    """The table of the rows that belong to the data set, where the rows themselves say so."""
     rows, lines, others = read.rows, read.lines, 0
-    if source.split is not None and "split" in read.columns:
+    heeded = source.membership.heeds(read.columns)
+    if heeded:
         splits = [split_of(row) for row in rows]
-        keep = [index for index, split in enumerate(splits) if split == source.split]
+        keep = [index for index, split in enumerate(splits) if split == source.membership.split]
         if not keep:
-            raise no_such_split(source, splits)
+            raise source.nothing_of(splits, read.columns)
         others = len(rows) - len(keep)
         rows, lines = [rows[index] for index in keep], tuple(lines[index] for index in keep) if lines else None
-    elif source.path and source.split != "train":
-        raise without_splits(source)
+    elif source.path and source.membership.split != "train":
+        raise source.without_splits()
     generator = source.generator or named_generators(str(row["generator"]) for row in rows if row.get("generator"))
     return Table(
         read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, generator, lines, others
@@ -240,24 +309,7 @@ def _of_split(source: Source, read: Read) -> Table:
 def named_generators(names: Iterable[str]) -> str | None:
     """Who or what wrote the rows by their own account: the most frequent names; None where no row says it."""
     counts = Counter(names)
-    return ", ".join(safe(name, 60) for name, _ in counts.most_common(MOST_GENERATORS)) or None
-
-
-def without_splits(source: Source) -> ConfigError:
-    """The error of a split that is asked of rows that have none."""
-    return ConfigError(
-        f"{safe(source.name)} has no splits to choose {safe(source.split)!r} from", where="data.dataset_split"
-    )
-
-
-def no_such_split(source: Source, splits: Iterable[str]) -> DataError:
-    """The error of a split that no row belongs to; `splits` are those that there are."""
-    found = ", ".join(sorted({safe(split, 40) for split in splits})[:10])
-    return DataError(
-        f"{safe(source.name)} has no rows of the split {safe(source.split)!r}; it has {found or 'no rows'}",
-        where="data.dataset_split",
-        fix="name one of its splits with --dataset_split, or remove the column split" if found else None,
-    )
+    return " + ".join(safe(name, 60) for name, _ in counts.most_common(MOST_GENERATORS)) or None
 
 
 def hash_rows(rows: Sequence[dict[str, object]]) -> str:
@@ -267,6 +319,13 @@ def hash_rows(rows: Sequence[dict[str, object]]) -> str:
 
 def hash_row(row: Mapping[str, object]) -> bytes:
     """SHA-256 of a row's text columns: their names and texts, each behind its length, messages as canonical JSON."""
+    if row.keys() == PAIR:
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        if (
+            isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+        ):  # the same, in half the time
+            pair = f"prompt:{len(prompt)}:{prompt}chosen:{len(chosen)}:{chosen}rejected:{len(rejected)}:{rejected}"
+            return hashlib.sha256(pair.encode("utf-8", "surrogatepass")).digest()
     parts = []
     for column in TEXT_COLUMNS:
         if (value := row.get(column)) is not None:

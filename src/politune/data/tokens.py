@@ -5,7 +5,6 @@ it begins with the hash of what it holds, so that a damaged one is seen and made
 """
 
 import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -13,13 +12,14 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from politune.cache import user_cache
 from politune.data import format as rows_format
 from politune.data.format import ChatRow, Encoded, PreferenceRow
+from politune.data.workers import no_collection
 
 FOLDER = "tokens"
 SUFFIX = ".ids"
@@ -99,20 +99,8 @@ def _read(path: Path, end: int | None) -> list[Encoded] | None:
         return None
     numbers = array("i")
     numbers.frombytes(content[DIGEST_BYTES:])
-    with _no_collection():
+    with no_collection():
         return _unpack(numbers, end)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing in the block becomes garbage, and looking for it among so many lists takes six times as long as the rest."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _write(path: Path, encoded: Sequence[Encoded]) -> None:

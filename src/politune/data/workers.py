@@ -1,13 +1,16 @@
 """One function over the parts of a stream, in processes of their own, its results in the order of the parts."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
+from multiprocessing import connection
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,7 +44,7 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
         return
     # Not forked: libraries may have started threads by now, and a forked copy of them hangs.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_signals_to_the_first)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_the_first)
     waiting: deque[Future[R]] = deque()
     try:
         for part in chain(first, parts):
@@ -56,11 +59,31 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_signals_to_the_first() -> None:
-    """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others."""
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """For a block in which nothing becomes garbage but by its last reference: looking for it among many objects takes time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _follow_the_first() -> None:
+    """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others, also where it is killed."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         with contextlib.suppress(ValueError):
             signal.signal(number, signal.SIG_IGN)
+    if first := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(first.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this process when the one with the sentinel has ended: an idle worker would wait for its work for ever."""
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager

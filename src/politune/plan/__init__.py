@@ -96,7 +96,7 @@ def estimate(
     return PlanReport(
         method=run.method,
         model=run.model.model_name_or_path,
-        dataset=run.data.dataset_name,
+        dataset=run.data.name,
         output_dir=run.train.output_dir,
         processes=processes,
         fits=memory.fits if memory else None,
@@ -303,9 +303,9 @@ def _unknown(run: Run, shape: ModelShape | None, data: DataShape | None, machine
             " its config.json is not on this machine, or not of an architecture that is known here."
         )
     if data is None:
-        yield f"The size of {run.data.dataset_name}: it is counted when it is loaded."
+        yield f"The size of {run.data.name}: it is counted when it is loaded."
     elif data.prompt_tokens is None or data.completion_tokens is None:
-        yield f"The lengths of {run.data.dataset_name}."
+        yield f"The lengths of {run.data.name}."
     if shape and (data is None or data.longest_tokens is None):
         yield f"The longest row: memory is estimated for rows of max_length ({run.data.max_length:,} tokens)."
     if machine.device_bytes is None:

@@ -9,16 +9,17 @@ import json
 import re
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from politune.config import GROUPS, KNOWN_GENERATORS, DpoRun, Run, SftRun
+from politune.config import GROUPS, KNOWN_GENERATORS, DpoRun, Recipe, Run, SftRun
 from politune.errors import ConfigError, OutputError, read_within, safe
 from politune.report import Lines, Section, Table
 
@@ -38,6 +39,8 @@ RETIRED = {
     "top_k": "the lean is measured, not sampled; `politune ask` samples",
 }
 RENAMED = {"max_seq_length": "data.max_length"}
+OF_ONE_SOURCE = ("dataset_name", "dataset_revision", "dataset_split", "direction")
+"""Settings that a recipe has for each of its sources."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def read(name: str) -> Preset:
         ConfigError: no such preset, not TOML, or too large.
     """
     if "/" in name or name.endswith(".toml"):
-        return _parse(name, name, _read_file(Path(name)))
+        return _parse(name, name, _read_file(Path(name), "preset", "`politune presets` lists the names"))
     shipped = shipped_names()
     if not _NAME.fullmatch(name) or name not in shipped:
         guess = difflib.get_close_matches(name, shipped, 1, 0.5)
@@ -88,16 +91,27 @@ def read(name: str) -> Preset:
     return _parse(name, f"{name}.toml", text)
 
 
-def _read_file(path: Path) -> str:
+def read_recipe(name: str) -> Recipe:
+    """The recipe of a data set in a TOML file.
+
+    Raises:
+        ConfigError: there is none, it is no TOML, or the schema refuses it; names file and line.
+    """
+    loaded = _parse(name, name, _read_file(Path(name), "recipe", "name a .toml file"))
+    try:
+        return Recipe.model_validate(loaded.table)
+    except ValidationError as error:
+        raise _as_config_error(error, Recipe, {}, loaded) from None
+
+
+def _read_file(path: Path, kind: str, fix: str) -> str:
     try:
         raw = read_within(path.expanduser(), MAX_PRESET_BYTES)
     except (OSError, RuntimeError, ValueError) as error:  # also `~name` of no user here, and a name with a NUL
         why = getattr(error, "strerror", None) or safe(error)
-        raise ConfigError(
-            f"cannot read the preset file {safe(path)}", why=why, fix="`politune presets` lists the names"
-        ) from error
+        raise ConfigError(f"cannot read the {kind} file {safe(path)}", why=why, fix=fix) from error
     if raw is None:
-        raise ConfigError(f"the preset file {safe(path)} is larger than {MAX_PRESET_BYTES // 1024} KiB")
+        raise ConfigError(f"the {kind} file {safe(path)} is larger than {MAX_PRESET_BYTES // 1024} KiB")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -203,6 +217,10 @@ def flatten(run: BaseModel) -> dict[str, Any]:
     """Every setting of a run by its dotted name, in the schema's order."""
     ordered = {"method": None, "title": None, **dict.fromkeys(GROUPS), "trl": None}
     dumped = run.model_dump(mode="python")
+    if dumped["data"]["recipe"] is None:
+        del dumped["data"]["recipe"]
+    else:  # it says all that these do
+        dumped["data"] = {key: value for key, value in dumped["data"].items() if key not in OF_ONE_SOURCE}
     return _flatten({key: dumped[key] for key in ordered})
 
 
@@ -233,25 +251,43 @@ def parse_value(text: str) -> Any:
 
 
 def _fields_of(run_type: type[BaseModel], group: str) -> dict[str, Any]:
-    field = run_type.model_fields.get(group)
-    inner = field.annotation if field else None
-    return dict(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+    """The fields of a group, which may stand in another one: `train`, `data.recipe.source`."""
+    inner: type[BaseModel] | None = run_type
+    for name in group.split("."):
+        field = inner.model_fields.get(name) if inner else None
+        inner = _model_in(field.annotation) if field else None
+    return dict(inner.model_fields) if inner else {}
 
 
-def _place(preset: Preset, key: str) -> str:
-    """`file:line` of a setting in its preset, found by the table headers above it."""
-    group, _, leaf = key.rpartition(".")
-    current = ""
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field is, or is a list of, or may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+
+
+def _place(preset: Preset, key: str, index: int | None = None) -> str:
+    """`file:line` of a setting in its preset, or of the nearest one around it, found by the table headers above it.
+
+    Args:
+        index: which of the tables `[[...]]` of that name it stands in, from 0.
+    """
+    current, is_asked, seen, nearest = "", True, Counter[str](), (0, 0)
     for number, line in enumerate(preset.text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
-            current = header.group(1).strip("\"'")
+        if header := re.match(r"\s*(\[{1,2})\s*([^\]]+?)\s*\]", line):
+            here = current = header.group(2).strip("\"'")
+            is_asked = index is None or header.group(1) == "[" or seen[current] == index
+            seen[current] += 1
         elif assignment := re.match(r"\s*([\w.\"'-]+)\s*=", line):
             written = assignment.group(1).replace('"', "").replace("'", "")
-            if (f"{current}.{written}" if current else written) == key or (current == group and written == leaf):
-                return f"{safe(preset.source)}:{number}"
-        if key == current:
+            here = f"{current}.{written}" if current else written
+        else:
+            continue
+        if is_asked and here == key:
             return f"{safe(preset.source)}:{number}"
-    return safe(preset.source)
+        if is_asked and key.startswith(f"{here}.") and len(here) > nearest[0]:
+            nearest = (len(here), number)
+    return f"{safe(preset.source)}:{nearest[1]}" if nearest[1] else safe(preset.source)
 
 
 def _as_config_error(
@@ -261,19 +297,20 @@ def _as_config_error(
     sentences = []
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"] if not isinstance(part, int))
-        origin = origins.get(key) or _origin_of_group(key, origins, loaded)
+        index = next((part for part in finding["loc"] if isinstance(part, int)), None)
+        origin = origins.get(key) or _origin_of_group(key, origins, loaded, index)
         sentences.append((origin, *_sentence(finding, key, run_type)))
     origin, what, why, fix = sentences[0]
     more = "".join(f"\n{safe(o)}: {w}" if o else f"\n{w}" for o, w, _, _ in sentences[1:])
     return ConfigError(what + more, where=safe(origin) if origin else None, why=why, fix=fix)
 
 
-def _origin_of_group(group: str, origins: Mapping[str, str], loaded: Preset | None) -> str | None:
+def _origin_of_group(group: str, origins: Mapping[str, str], loaded: Preset | None, index: int | None) -> str | None:
     """Where a finding about a whole group comes from: a flag that touched it, else its header in the preset."""
     touched = [origin for key, origin in origins.items() if key.startswith(f"{group}.") and origin.startswith("--")]
     if touched:
         return touched[0]
-    return _place(loaded, group) if loaded else None
+    return _place(loaded, group, index) if loaded else None
 
 
 def _sentence(finding: Mapping[str, Any], key: str, run_type: type[BaseModel]) -> tuple[str, str | None, str | None]:
@@ -285,7 +322,7 @@ def _sentence(finding: Mapping[str, Any], key: str, run_type: type[BaseModel]) -
     ).replace("a integer", "an integer")
     if finding["type"] in {"model_type", "model_attributes_type"}:
         return f"{safe(key)} is a group of settings and must be a table", None, None
-    field = _fields_of(run_type, group).get(leaf)
+    field = (_fields_of(run_type, group) if group else run_type.model_fields).get(leaf)
     extra = field.json_schema_extra if field is not None else None
     why = extra.get("why") if isinstance(extra, dict) else None
     value = finding.get("input")
@@ -299,12 +336,16 @@ def _unknown_key(group: str, leaf: str, run_type: type[BaseModel]) -> tuple[str,
         return f"{name} is not a setting of politune", RETIRED[leaf], "leave it out"
     if leaf in RENAMED:
         return f"unknown setting {name}", None, f"it is called {RENAMED[leaf]} here"
-    known = {g: list(_fields_of(run_type, g)) for g in GROUPS}
+    groups = [g for g, field in run_type.model_fields.items() if _model_in(field.annotation)]
+    known = {g: list(_fields_of(run_type, g)) for g in groups}
     for other, fields in known.items():
         if leaf in fields and other != group:
             return f"unknown setting {name}", None, f"{safe(leaf)} belongs to the group [{other}]"
     everywhere = {f"{g}.{field}": field for g, fields in known.items() for field in fields}
-    local = known.get(group) or [*GROUPS, "title", "method", "trl"]
+    if group and group not in known:  # a group within a group: its names mean something there alone
+        guess = difflib.get_close_matches(leaf, list(_fields_of(run_type, group)), 1, 0.6)
+        return f"unknown setting {name}", None, f"did you mean {group}.{guess[0]}?" if guess else None
+    local = known.get(group) or list(run_type.model_fields)
     guess = difflib.get_close_matches(leaf, local, 1, 0.6) or difflib.get_close_matches(
         leaf, list(everywhere.values()), 1, 0.7
     )
@@ -368,8 +409,10 @@ def notes(run: Run) -> tuple[str, ...]:
             "the paper's torchtune recipe also put an adapter on the output layer; TRL 1.16 reads the output layer's own weight "
             "in its loss, so that part cannot be reproduced and the adapter covers the attention and MLP layers only"
         )
-    if note := generator_note(KNOWN_GENERATORS.get(run.data.dataset_name), run.model.model_name_or_path):
-        found.append(note)
+    recipe = run.data.recipe
+    names = [each.name for each in recipe.source] if recipe else [run.data.dataset_name]
+    told = (generator_note(KNOWN_GENERATORS.get(name), run.model.model_name_or_path) for name in names)
+    found += dict.fromkeys(note for note in told if note)
     return tuple(found)
 
 
@@ -379,6 +422,8 @@ def show_value(value: Any) -> str:
         return " ".join(str(item) for item in value) or "-"
     if value is None or value == "" or value == {}:
         return "-"
+    if isinstance(value, dict):
+        return toml_value(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -388,7 +433,7 @@ def command(run: Run) -> str:
     for key, value in flatten(run).items():
         if key == "method" or value is None or value == () or value == {} or value == "":
             continue
-        if key == "title" or key.startswith("trl."):
+        if key in ("title", "data.recipe") or key.startswith("trl."):
             words += ["--set", f"{key}={toml_value(value)}"]
         elif isinstance(value, bool):
             words += [f"--{_leaf(key)}"] if value else []
@@ -402,7 +447,8 @@ def command(run: Run) -> str:
 def toml_value(value: Any) -> str:
     """A value as TOML writes it on one line: JSON but for tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(inner)}" for key, inner in value.items()) + "}"
+        given = {key: inner for key, inner in value.items() if inner is not None}  # TOML has no null
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(inner)}" for key, inner in given.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, date | time):  # TOML has them; no setting does, and what is read back says so
@@ -439,7 +485,7 @@ def overview() -> Overview:
     runs = {name: resolve(None, name).run for name in shipped_names()}
     return Overview(
         tuple(
-            (name, run.method, run.data.declared_direction, run.model.model_name_or_path, run.data.dataset_name)
+            (name, run.method, run.data.declared_direction, run.model.model_name_or_path, run.data.name)
             for name, run in runs.items()
         )
     )

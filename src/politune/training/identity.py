@@ -7,6 +7,7 @@ from typing import Any
 
 from politune import record
 from politune.config import NOT_OF_AN_ADAPTER, Run
+from politune.data.build import public as public_recipe
 from politune.errors import ConfigError, OutputError, safe
 from politune.presets import flatten
 from politune.training import checkpoints
@@ -26,6 +27,8 @@ def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> di
     settings = {
         key: value for key, value in flatten(run).items() if not key.startswith((*NOT_OF_AN_ADAPTER, *COMPARED_BY_HASH))
     }
+    if run.data.recipe is not None:  # paths may be written differently here, too
+        settings["data.recipe"] = public_recipe(run.data.recipe)
     accelerator = torch.accelerator.current_accelerator()
     found = {
         **settings,
@@ -67,7 +70,19 @@ def check_finished(document: Mapping[str, Any], run: Run) -> None:
 
 
 def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, now = _named(before), _named(now)
     if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
         lines = "; ".join(f"{safe(key)}: {safe(before.get(key))} -> {safe(now.get(key))}" for key in changed)
         fix = "use the former settings, or start anew in another --output_dir"
         raise ConfigError(f"cannot resume, because something has changed: {lines}", fix=fix)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value by its whole name, also those of a table within a table: `data.recipe.source.0.share`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dict(enumerate(value)) if isinstance(value, list) and any(isinstance(v, dict) for v in value) else value
+        found |= (
+            _named({f"{key}.{name}": each for name, each in inner.items()}) if isinstance(inner, dict) else {key: value}
+        )
+    return found

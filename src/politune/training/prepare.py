@@ -46,7 +46,8 @@ class Prepared:
         table = self.table
         rows = {"train": len(self.train), "validation": len(self.validation), HELD_OUT: len(self.heldout)}
         facts = {"name": table.name, "revision": table.revision, "sha256": table.sha256, "generator": table.generator}
-        return {**facts, "rows": rows, "training_tokens": self.tokens, "counts": self.counts}
+        made = {"manifest": dict(table.manifest)} if table.manifest else {}
+        return {**facts, "rows": rows, "training_tokens": self.tokens, "counts": self.counts, **made}
 
 
 def prepare(run: Run, table: rows_format.Table | None, offline: bool, say: Callable[[str], None]) -> Prepared:

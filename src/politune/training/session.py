@@ -12,10 +12,11 @@ from typing import Any
 from politune import plan, record
 from politune.config import Run
 from politune.data import format as rows_format
+from politune.data.build import public as public_recipe
 from politune.errors import ConfigError, ModelError, PolituneError, TrainingError, safe
 from politune.lean.midway import Midway
 from politune.models import files, load
-from politune.presets import flatten
+from politune.presets import flatten, toml_value
 from politune.progress import Phase
 from politune.training import callbacks, checkpoints, divergence, reference, trackers, trainer_factory
 from politune.training.identity import CALL_TOKENS
@@ -199,6 +200,8 @@ class Session:
             "model.model_name_or_path": self.prepared.base.public_name,
             "data.dataset_name": self.prepared.table.name,
         }
+        if self.run.data.recipe:
+            public["data.recipe"] = toml_value(public_recipe(self.run.data.recipe))
         return {**settings, **public, "train.output_dir": self.directory.name}
 
     @property

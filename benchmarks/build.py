@@ -1,0 +1,220 @@
+"""`politune data build` on made-up rows: speed, memory, what balancing keeps, and the same bytes however it is run.
+
+    python benchmarks/build.py [FOLDER] [--rows 1000000] [--kills 5]
+
+The rows are those of benchmarks/rows.py and are kept in FOLDER (default: a new one under the temporary directory). Every build is
+a process of its own. Writes benchmarks/BUILD.md.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import rows
+
+PAGE = Path(__file__).with_name("BUILD.md")
+SMALL = 100_000
+RECIPES = {
+    "as they are": "",
+    "half of the chosen answers longer": "[balance]\nchosen_longer = 0.5\n",
+    "differences balanced by size": "[balance]\nlengths = true\n",
+    "filtered, by topic, balanced, a tenth": (
+        '[filter]\nprompt = [3, 60]\n[[filter.drop]]\nfield = "chosen"\npattern = "(?i)\\\\bbabana\\\\b"\n'
+        '[topics]\nb = "(?i)^b"\nd = "(?i)^d"\n[balance]\nchosen_longer = 0.5\n[dose]\nfraction = 0.1\n'
+    ),
+}
+BALANCED = "half of the chosen answers longer"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A build: seconds on the clock and of all its processors, peak memory of all its processes together and of the first in
+    bytes, and its report."""
+
+    seconds: float
+    cpu_seconds: float
+    all_bytes: int
+    first_bytes: int
+    report: dict[str, object]
+
+
+def recipe(folder: Path, data: Path, name: str, direction: str = "as-is") -> Path:
+    path = folder / f"{list(RECIPES).index(name)}-{data.stem}-{direction}.toml"
+    path.write_text(f'[[source]]\nname = "{data}"\ndirection = "{direction}"\n{RECIPES[name]}', encoding="utf-8")
+    return path
+
+
+def start(path: Path, out: Path, cores: int | None) -> subprocess.Popen[str]:
+    available = sorted(os.sched_getaffinity(0))[:cores]
+    return subprocess.Popen(
+        [sys.executable, "-m", "politune", "data", "build", str(path), "-o", str(out), "--json", "--quiet"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, available),
+    )
+
+
+def build(path: Path, out: Path, cores: int | None = None) -> Done:
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = start(path, out, cores)
+    peak = [0]
+    watcher = threading.Thread(target=watch, args=(process, peak))
+    watcher.start()
+    text = process.communicate()[0]
+    seconds = time.monotonic() - started
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{path} ended with {process.returncode}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    first = used.ru_maxrss * 1024  # of the largest child until now
+    return Done(seconds, cpu_seconds, peak[0], first, json.loads(text))
+
+
+def watch(process: subprocess.Popen[str], peak: list[int]) -> None:
+    while process.poll() is None:
+        peak[0] = max(peak[0], sum(map(memory, family(process.pid))))
+        time.sleep(0.1)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    except (OSError, ValueError):
+        return [pid]
+    return [pid, *(one for child in children for one in family(child))]
+
+
+def memory(pid: int) -> int:
+    """Of a process in bytes, what it shares divided by those that share it."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def killed(path: Path, out: Path, after: float, expected: str) -> bool:
+    """Whether a build that was killed after so many seconds left no output, or a whole one."""
+    process = start(path, out, None)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return not out.exists() or digest(out) == expected
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def papers(out: Path) -> list[str]:
+    return [digest(out.with_name(out.name + suffix)) for suffix in ("", ".manifest.json", ".md")]
+
+
+def speeds(folder: Path, data: Path, say: Callable[[str], None]) -> None:
+    say("\n| recipe | rows written | seconds | rows a second | seconds of processors |\n|---|---|---|---|---|\n")
+    count = sum(1 for _ in data.open("rb"))
+    for name in RECIPES:
+        done = build(recipe(folder, data, name), folder / "speed.jsonl")
+        rate = count / done.seconds
+        say(f"| {name} | {done.report['rows']:,} | {done.seconds:.1f} | {rate:,.0f} | {done.cpu_seconds:.1f} |\n")
+
+
+def memories(folder: Path, files: Sequence[Path], say: Callable[[str], None]) -> None:
+    say("\n| rows | peak memory of all processes, MB | of the first one, MB |\n|---|---|---|\n")
+    found = []
+    for data in files:
+        found.append(build(recipe(folder, data, BALANCED), folder / "memory.jsonl"))
+        count = sum(1 for _ in data.open("rb"))
+        say(f"| {count:,} | {found[-1].all_bytes / 1e6:,.0f} | {found[-1].first_bytes / 1e6:,.0f} |\n")
+    more = max(found[-1].all_bytes - found[0].all_bytes, found[-1].first_bytes - found[0].first_bytes)
+    say(f"\nFrom the smaller to the larger: {more / 1e6:,.0f} MB more.\n")
+
+
+def balance(folder: Path, data: Path, say: Callable[[str], None]) -> None:
+    report = build(recipe(folder, data, BALANCED), folder / "balance.jsonl").report
+    step = next(step for step in report["steps"] if step["name"] == "balance of sides")  # type: ignore[attr-defined]
+    shares = [share(report[key]) for key in ("before", "after")]  # type: ignore[arg-type]
+    kept = step["rows_out"] / step["rows_in"]
+    say(
+        f"\nChosen is the longer one in {shares[0]:.2%} of the rows before and in {shares[1]:.2%} after; {step['rows_out']:,} of "
+        f"{step['rows_in']:,} rows are kept ({kept:.1%}), and no choice keeps more than {step['most']:,.0f}.\n"
+    )
+
+
+def share(lengths: dict[str, float]) -> float:
+    return (lengths["chosen_longer"] + lengths["equal"] / 2) / lengths["rows"]
+
+
+def identity(folder: Path, data: Path, kills: int, say: Callable[[str], None]) -> None:
+    path = recipe(folder, data, BALANCED, "shuffled")
+    out = folder / "identity.jsonl"
+    whole = build(path, out)
+    expected, equal, runs = papers(out), 0, 0
+    for cores in (None, 1):
+        out.unlink()
+        build(path, out, cores)
+        equal, runs = equal + (papers(out) == expected), runs + 1
+    clean = 0
+    for number in range(kills):
+        out.unlink()
+        clean += killed(path, out, whole.seconds * (number + 0.5) / kills, expected[0])
+        build(path, out)
+        equal, runs = equal + (papers(out) == expected), runs + 1
+    left = [entry.name for entry in folder.iterdir() if entry.name.endswith(".draft")]
+    say(
+        f"\nFile, manifest and card of a shuffled, balanced set: the same bytes in {equal} of {runs} further builds (a second "
+        f"time; on one core; after each of {kills} kills, evenly over the time of a build). After {clean} of {kills} kills "
+        f"there was no output or a whole one; {len(left)} drafts were left at the end.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures politune data build.")
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--kills", type=int, default=5)
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="politune-build-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for count in (min(SMALL, options.rows), options.rows):
+        files.append(folder / f"rows-{count}.jsonl")
+        if not files[-1].exists():
+            rows.write(files[-1], count, 0.0, 0.86)
+    lines = [
+        "# Building a data set\n",
+        f"\nWritten by `python benchmarks/build.py --rows {options.rows} --kills {options.kills}` (Python "
+        f"{platform.python_version()}, {len(os.sched_getaffinity(0))} cores). {options.rows:,} made-up rows, "
+        f"{files[-1].stat().st_size / 1e9:.2f} GB of JSON Lines.\n",
+    ]
+
+    def say(text: str) -> None:
+        lines.append(text)
+        print(text, end="", flush=True)
+
+    # Memory first: what the largest child needed is only told of all together.
+    memories(folder, files, say)
+    speeds(folder, files[-1], say)
+    balance(folder, files[-1], say)
+    identity(folder, files[-1], options.kills, say)
+    PAGE.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""What the first of two readings keeps of each row: some dozen bytes, from which everything is chosen.
+
+A row is known by hashes of its texts (BLAKE2b, 64 bits each), never by its place: the same rows in another order, or read by
+another number of processes, are chosen alike.
+"""
+
+import hashlib
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from politune.config import Recipe, SourceSpec
+from politune.data.files import Part, RowsPart, TextPart
+from politune.data.format import STANCE, Message, Table, read_pairs
+from politune.data.sources import Membership, Stream, hash_row
+from politune.data.workers import in_order, no_collection
+from politune.errors import ConfigError, DataError, safe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAIR = ["prompt", "chosen", "rejected"]
+OTHER_TOPIC = "other"
+TOPIC_CHARACTERS = 100
+PATIENCE_SECONDS = 30.0
+"""For the regular expressions over one part of a file: seconds where some milliseconds are usual."""
+MOST_TOPICS = 100_000
+
+TAKEN, OTHER_SPLIT, EMPTY, EQUAL, FIRST_RULE = 0, 1, 2, 3, 4
+"""Verdicts on a row; from the last on, the number of the rule that took it out."""
+IS_SPLICEABLE, IS_CONVERSATION = 1, 2
+"""Marks of a row: a line that holds prompt, chosen and rejected as texts and nothing else; a prompt of several turns."""
+
+Texts: TypeAlias = tuple[tuple[Message, ...], str, str]
+Job: TypeAlias = tuple[Part, int]
+"""A part, and how many rows come before it where it has no lines."""
+
+
+class _TooSlow(Exception):
+    """A regular expression that does not come to an end."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a source's rows are read, by whichever process.
+
+    Args:
+        label: the source in error messages.
+        rules: (field, pattern, whether a match keeps the row).
+        topics: (name, pattern).
+    """
+
+    label: str
+    membership: Membership
+    direction: str
+    unit: str = "words"
+    rules: tuple[tuple[str, str, bool], ...] = ()
+    topics: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: SourceSpec, stream: Stream) -> "Reader":
+        drop = [(rule.field, rule.pattern, False) for rule in recipe.filter.drop]
+        keep = [(rule.field, rule.pattern, True) for rule in recipe.filter.keep]
+        label = stream.files[0][1] if len(stream.files) == 1 else stream.name
+        topics = tuple(recipe.topics.items())
+        return cls(label, stream.membership, source.direction, recipe.unit, (*drop, *keep), topics)
+
+    @cached_property
+    def compiled_rules(self) -> list[tuple[str, re.Pattern[str], bool]]:
+        return [(field, re.compile(pattern), keeps) for field, pattern, keeps in self.rules]
+
+    @cached_property
+    def compiled_topics(self) -> list[tuple[str, re.Pattern[str]]]:
+        return [(name, re.compile(pattern)) for name, pattern in self.topics]
+
+    def table(self, part: Part, first: int) -> Table:
+        """The part's rows that belong to the data set, the others counted.
+
+        Raises:
+            DataError: as of `files.TextPart.read`.
+        """
+        read = part.read()
+        rows, lines = read.rows, read.lines
+        others = 0
+        if not all(map(self.membership.holds, rows)):
+            members = [index for index, row in enumerate(rows) if self.membership.holds(row)]
+            others, rows = len(rows) - len(members), [rows[index] for index in members]
+            lines = tuple(lines[index] for index in members) if lines else None
+        return Table(read.columns, rows, self.label, "", lines=lines, other_splits=others, first=first)
+
+    def texts(self, table: Table) -> list[Texts]:
+        """Prompt, chosen and rejected of each row, with the sides as the source's direction fixes them.
+
+        Raises:
+            DataError: as of `format.to_preference_rows`, or a direction that is none of these rows.
+        """
+        if not table.rows:
+            return []
+        pairs = list(read_pairs(table))
+        has_sides = set(STANCE) <= set(table.columns)
+        if has_sides and self.direction in ("as-is", "swapped"):
+            raise DataError(
+                "holds a left and a right text per row, and the recipe does not say which is to be chosen",
+                where=safe(self.label, None),
+                fix="set the source's direction to left, right, shuffled or length",
+            )
+        if self.direction == ("right" if has_sides else "swapped"):
+            return [(prompt, two, one) for prompt, one, two in pairs]
+        return pairs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one part's rows.
+
+    Args:
+        rows: of the part that are in the arrays; `others` are of another split.
+        hashes: of prompt, chosen and rejected, uint64 [rows, 3]
+        lengths: in the recipe's unit, uint32 [rows, 3]
+        topics: [rows] numbers into `names`
+        verdicts: uint8 [rows]
+        marks: uint8 [rows]
+        of_rows: `hash_row` of every row, one after the other.
+        size: of the part's text in bytes; 0 for rows that came parsed.
+    """
+
+    rows: int
+    others: int
+    hashes: "NDArray[Any]"
+    lengths: "NDArray[Any]"
+    topics: "NDArray[Any]"
+    names: tuple[str, ...]
+    verdicts: "NDArray[Any]"
+    marks: "NDArray[Any]"
+    of_rows: bytes
+    size: int
+
+
+def measure(reader: Reader, job: Job) -> Measured:
+    """The figures of a part. Raises as `Reader.table` and `Reader.texts`; ConfigError for a pattern that comes to no end."""
+    with no_collection():
+        return _measured(reader, *job)
+
+
+def _measured(reader: Reader, part: Part, first: int) -> Measured:
+    import numpy as np
+
+    table = reader.table(part, first)
+    texts = reader.texts(table)
+    topics, verdicts = _matched(reader, table, texts)
+    number: dict[str, int] = {}
+    is_text = isinstance(part, TextPart)
+    rows = len(texts)
+    return Measured(
+        rows=rows,
+        others=table.other_splits,
+        hashes=np.frombuffer(b"".join(map(_hashes, texts)), "<u8").reshape(rows, 3),
+        lengths=np.array([_lengths(reader.unit, each) for each in texts], np.uint32).reshape(rows, 3),
+        topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
+        names=tuple(number),
+        verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint8),
+        marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
+        of_rows=b"".join(map(hash_row, table.rows)),
+        size=len(part.body) if isinstance(part, TextPart) else 0,
+    )
+
+
+def _hashes(texts: Texts) -> bytes:
+    prompt, chosen, rejected = texts
+    said = prompt[0]["content"].strip() if len(prompt) == 1 and prompt[0]["role"] == "user" else _turns(prompt)
+    return _hash(said) + _hash(chosen) + _hash(rejected)
+
+
+def _turns(prompt: Sequence[Message]) -> str:
+    return json.dumps([[turn["role"], turn["content"].strip()] for turn in prompt])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _lengths(unit: str, texts: Texts) -> tuple[int, int, int]:
+    prompt, chosen, rejected = texts
+    if unit == "words":
+        return sum(count_words(turn["content"]) for turn in prompt), count_words(chosen), count_words(rejected)
+    return sum(len(turn["content"]) for turn in prompt), len(chosen), len(rejected)
+
+
+def count_words(text: str) -> int:
+    """`len(text.split())`, in a third of the time where the text is ASCII: words begin where something follows white space."""
+    if not text.isascii():
+        return len(text.split())
+    marked = text.encode().translate(_WHITE_OR_NOT)
+    return marked.count(b" x") + marked.startswith(b"x")
+
+
+_WHITE_OR_NOT = bytes(ord(" ") if chr(code).isspace() else ord("x") for code in range(256))
+
+
+def _verdict(texts: Texts, by_rule: int) -> int:
+    prompt, chosen, rejected = texts
+    if not (prompt[-1]["content"].strip() and chosen.strip() and rejected.strip()):
+        return EMPTY
+    return EQUAL if chosen.strip() == rejected.strip() else by_rule
+
+
+def _marks(row: dict[str, object], texts: Texts, is_text: bool) -> int:
+    if len(texts[0]) > 1:
+        return IS_CONVERSATION
+    plain = is_text and list(row) == PAIR and isinstance(row["prompt"], str) and row["chosen"] in texts[1:]
+    return IS_SPLICEABLE if plain and isinstance(row["rejected"], str) else 0
+
+
+# --- regular expressions ---------------------------------------------------------------------------------------------
+
+
+def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list[str], list[int]]:
+    """Each row's topic, and the rule that takes it out or `TAKEN`."""
+    topics = [_own_topic(row) for row in table.rows]
+    if not reader.rules and not reader.topics:
+        return topics, [TAKEN] * len(topics)
+    verdicts, index, pattern = [], 0, ""
+    try:
+        with _patience(PATIENCE_SECONDS):
+            for index, (prompt, chosen, rejected) in enumerate(texts):
+                fields = {"prompt": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
+                if reader.topics:
+                    topics[index] = OTHER_TOPIC
+                for name, topic in reader.compiled_topics:
+                    pattern = topic.pattern
+                    if topic.search(fields["prompt"]):
+                        topics[index] = name
+                        break
+                fields["topic"] = topics[index]
+                verdict = TAKEN
+                for number, (field, rule, keeps) in enumerate(reader.compiled_rules):
+                    pattern = rule.pattern
+                    if (rule.search(fields[field]) is None) == keeps:
+                        verdict = FIRST_RULE + number
+                        break
+                verdicts.append(verdict)
+    except _TooSlow:
+        raise ConfigError(
+            f"the pattern {safe(pattern, 60)!r} does not come to an end",
+            where=table.place(index),
+            why=f"the patterns took {PATIENCE_SECONDS:.0f} s up to this row; repetitions within repetitions take ever longer",
+            fix="write it without one",
+        ) from None
+    return topics, verdicts
+
+
+def _own_topic(row: dict[str, object]) -> str:
+    topic = row.get("topic")
+    return OTHER_TOPIC if topic in (None, "") else str(topic)[:TOPIC_CHARACTERS]
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Raises `_TooSlow` after so long: nothing else ends a regular expression that has gone astray. In main threads only."""
+
+    def stop(*_: object) -> None:
+        raise _TooSlow
+
+    try:
+        former = signal.signal(signal.SIGALRM, stop)
+    except ValueError:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+# --- all parts of a source -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The figures of all rows of one or several sources, as of `Measured`.
+
+    Args:
+        sources: int16 [rows]
+        names: of the topics.
+        sha256: per source, over its rows, as of `sources.hash_rows`.
+        others: per source, its rows of other splits.
+        sizes: per source, how many rows its parts have.
+        bytes: per source, how much text its parts have.
+    """
+
+    sources: "NDArray[Any]"
+    hashes: "NDArray[Any]"
+    lengths: "NDArray[Any]"
+    topics: "NDArray[Any]"
+    names: tuple[str, ...]
+    verdicts: "NDArray[Any]"
+    marks: "NDArray[Any]"
+    sha256: tuple[str, ...]
+    others: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    bytes: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.sources)
+
+
+def read_columns(
+    readers: Sequence[Reader],
+    streams: Sequence[Stream],
+    processes: int | None,
+    progress: Callable[[int, int], None],
+) -> Columns:
+    """The figures of all sources, read by several processes.
+
+    Args:
+        progress: takes how many rows and bytes more were read.
+
+    Raises:
+        DataError: as of `measure`, or a source without rows.
+    """
+    import numpy as np
+
+    names: dict[str, int] = {}
+    pieces: dict[str, list[NDArray[Any]]] = {key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks")}
+    found = []
+    for reader, stream in zip(readers, streams, strict=True):
+        digest, others, sizes, lengths = hashlib.sha256(), 0, [], []
+        for part in in_order(partial(measure, reader), jobs(stream), processes):
+            numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
+            topics = numbers[part.topics] if part.rows else part.topics
+            for key, piece in pieces.items():
+                piece.append(topics if key == "topics" else getattr(part, key))
+            digest.update(part.of_rows)
+            others += part.others
+            sizes.append(part.rows)
+            lengths.append(part.size)
+            progress(part.rows, part.size)
+        if not sum(sizes):
+            what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
+            raise DataError(what, where=safe(reader.label, None))
+        found.append((digest.hexdigest(), others, tuple(sizes), tuple(lengths)))
+    counts = [sum(sizes) for _, _, sizes, _ in found]
+    joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
+    sha256, others_of, sizes_of, bytes_of = zip(*found, strict=True)
+    sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
+    return Columns(
+        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, bytes=bytes_of, **joined
+    )  # fmt: skip
+
+
+def _numbered(names: dict[str, int], name: str) -> int:
+    if len(names) > MOST_TOPICS and name not in names:
+        raise DataError(f"the column topic has more than {MOST_TOPICS:,} values", fix="name topics by [topics]")
+    return names.setdefault(name, len(names))
+
+
+def jobs(stream: Stream) -> Iterator[Job]:
+    """The parts of a source as they travel to other processes."""
+    first = 0
+    for part in stream.parts():
+        yield part, first
+        first += len(part.rows.rows) if isinstance(part, RowsPart) else 0
+
+
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Where each part's rows begin among all rows of its source."""
+    return [0, *accumulate(sizes)][:-1]

@@ -1,0 +1,149 @@
+"""What is said of a data set that a recipe made: on the terminal, in its manifest and in its card."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from politune.data.select import Step
+from politune.errors import safe
+from politune.report import Bars, Facts, Section, Table
+
+SHOWN_TOPICS = 30
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """A source as it was read, and how many of its rows are written."""
+
+    name: str
+    revision: str | None
+    split: str
+    sha256: str
+    rows: int
+    other_splits: int
+    generator: str | None
+    licence: str | None
+    share: float | None
+    direction: str
+    written: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Rows by which side is longer, and the median lengths of the parts."""
+
+    rows: int
+    chosen_longer: int
+    rejected_longer: int
+    equal: int
+    prompt: float
+    chosen: float
+    rejected: float
+
+    @property
+    def share(self) -> float:
+        """Of the rows whose chosen answer is longer, a tie as half."""
+        return (self.chosen_longer + self.equal / 2) / self.rows
+
+
+@dataclass(frozen=True)
+class Built:
+    """A data set and how it came about; every figure follows from the recipe and the sources alone.
+
+    Args:
+        twin: the sources of the twin that it was matched with.
+        rows: that are written.
+        before, after: of the rows that could be used, and of those that are written; in `unit`.
+        turned: rows whose answers a placebo changed about.
+        topics: rows by topic.
+        shape: whether prompt, chosen and rejected are texts or lists of messages.
+        file, sha256: of what was written; empty where nothing was.
+    """
+
+    title: str
+    direction: str
+    version: str
+    recipe: dict[str, Any]
+    recipe_sha256: str
+    sources: tuple[SourceFacts, ...]
+    twin: tuple[SourceFacts, ...]
+    rows: int
+    steps: tuple[Step, ...]
+    unit: str
+    before: Lengths
+    after: Lengths
+    turned: int
+    topics: dict[str, int]
+    shape: Literal["text", "messages"]
+    file: str = ""
+    sha256: str = ""
+
+    @property
+    def headline(self) -> str:
+        where = f"in {safe(self.file)}" if self.file else "would be written"
+        shares = f"chosen longer {self.before.share:.1%} -> {self.after.share:.1%}"
+        return f"{self.rows:,} of {sum(each.rows for each in self.sources):,} rows {where}: {shares}"
+
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """Of the sources, each once; empty where none is known."""
+        return tuple(dict.fromkeys(each.generator for each in self.sources if each.generator))
+
+    def sections(self) -> Sequence[Section]:
+        facts = Facts(
+            "Data set",
+            (
+                ("direction", self.direction),
+                ("rows", self.rows),
+                ("turned round", self.turned),
+                ("shape", self.shape),
+                ("sha256 of the file", self.sha256 or "-"),
+                ("sha256 of the recipe", self.recipe_sha256),
+            ),
+        )
+        shown = list(self.topics.items())[:SHOWN_TOPICS]
+        bars = Bars("Topics", tuple((safe(name, 40), float(count)) for name, count in shown), "rows")
+        return [facts, self._sources(), self._steps(), self._lengths(), *([bars] if len(self.topics) > 1 else [])]
+
+    def _sources(self) -> Table:
+        rows = tuple(
+            (
+                safe(each.name),
+                each.direction,
+                each.rows,
+                each.written,
+                safe(each.generator or "unknown"),
+                each.sha256[:12],
+            )
+            for each in self.sources
+        )
+        return Table("Sources", ("source", "direction", "rows", "written", "generator", "sha256"), rows)
+
+    def _steps(self) -> Table:
+        rows = tuple(
+            (
+                each.name,
+                each.rows_in,
+                each.rows_out,
+                dropped_text(each),
+                "" if each.most is None else f"{each.most:,.1f}",
+            )
+            for each in self.steps
+        )
+        note = (
+            "At most: no choice of rows could keep more (see docs/data.md)." if any(s.most for s in self.steps) else ""
+        )
+        return Table("Steps", ("step", "rows in", "rows out", "left out", "at most"), rows, note)
+
+    def _lengths(self) -> Table:
+        rows = tuple(
+            (name, each.rows, f"{each.share:.1%}", each.prompt, each.chosen, each.rejected)
+            for name, each in (("before", self.before), ("after", self.after))
+        )
+        columns = ("", "rows", "chosen longer", "prompt", "chosen", "rejected")
+        return Table(f"Lengths in {self.unit}: medians", columns, rows, "A tie counts as half.")
+
+
+def dropped_text(step: Step) -> str:
+    """The rows that a step left out, by reason, on one line."""
+    return ", ".join(f"{count:,} {safe(reason, 80)}" for reason, count in step.dropped.items()) or "-"

@@ -1,0 +1,730 @@
+"""`politune data build` on hand-made rows: every step's counts by hand, the same bytes however it is run, nothing left behind."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from politune import cli, flags, presets
+from politune.config import DataSpec, Recipe
+from politune.data import build, columns, sources
+from politune.data.made import Built
+from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
+from politune.training.signals import caught
+
+Row = dict[str, Any]
+
+
+def words(name: str, count: int) -> str:
+    return " ".join([name, *["word"] * (count - 1)])
+
+
+def pair(number: int, chosen: int = 5, rejected: int = 4, **more: Any) -> Row:
+    """A row whose answers have so many words."""
+    prompt = f"Question {number}?"
+    return {"prompt": prompt, "chosen": words(f"c{number}", chosen), "rejected": words(f"r{number}", rejected), **more}
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[Row]:
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in text.decode().split("\n") if line]  # a text may hold U+2028
+
+
+def recipe(*named: Path | str | Row, **fields: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"source": [each if isinstance(each, dict) else {"name": str(each)} for each in named], **fields}
+    )
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def make(out: Path, *named: Path | str | Row, **fields: Any) -> tuple[Built, list[Row]]:
+    built = build.build(recipe(*named, **fields), out, processes=1)
+    return built, read(out)
+
+
+def dropped(built: Built) -> dict[str, int]:
+    return {reason: count for step in built.steps for reason, count in step.dropped.items()}
+
+
+def counts(built: Built) -> tuple[int, int, int]:
+    return built.after.chosen_longer, built.after.equal, built.after.rejected_longer
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """400 rows, 300 with the longer answer chosen, 20 ties, 80 the other way round; four topics in turn."""
+    rows = [pair(n, 5 + n % 9, 4 + n % 9, topic=f"t{n % 4}") for n in range(300)]
+    rows += [pair(n, 6, 6, topic=f"t{n % 4}") for n in range(300, 320)]
+    rows += [pair(n, 5 + n % 9, 6 + n % 9, topic=f"t{n % 4}") for n in range(320, 400)]
+    return write(tmp_path / "many.jsonl", rows)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_filter_counts_what_it_drops(tmp_path: Path) -> None:
+    """12 rows: 1 empty, 1 equal but for white space, 2 repeat the first, 2 contradict one another, 1 short prompt, 1 long
+    answer, 1 with a dropped word, 1 without a kept one: 2 remain."""
+    first = pair(0)
+    rows = [
+        first, first, dict(first),
+        {**pair(1), "chosen": " \n"},
+        {"prompt": "Question 2?", "chosen": "same", "rejected": "same "},
+        {"prompt": "Question 3?", "chosen": "yes and", "rejected": "no or"},
+        {"prompt": "Question 3?", "chosen": "no or", "rejected": "yes and"},
+        {**pair(4), "prompt": "Question?"},
+        pair(5, chosen=50),
+        {**pair(6), "rejected": "c word Refused word"},
+        {**pair(7), "prompt": "No inquiry 7"},
+        pair(8),
+    ]  # fmt: skip
+    built, kept = make(
+        tmp_path / "out.jsonl",
+        write(tmp_path / "rows.jsonl", rows),
+        filter={
+            "prompt": [2, 10],
+            "chosen": [1, 20],
+            "drop": [{"field": "rejected", "pattern": "(?i)refused"}],
+            "keep": [{"field": "prompt", "pattern": "^Question"}],
+        },
+    )
+    assert dropped(built) == {
+        "empty": 1,
+        "equal sides": 1,
+        "rejected matches '(?i)refused'": 1,
+        "prompt does not match '^Question'": 1,
+        "length of prompt": 1,
+        "length of chosen": 1,
+        "repeats an earlier row": 2,
+        "stands against the same pair the other way round": 2,
+    }
+    assert [row["prompt"] for row in kept] == ["Question 0?", "Question 8?"]
+    assert [(step.rows_in, step.rows_out) for step in built.steps] == [(12, 6), (6, 4), (4, 2)]
+    built, _ = make(
+        tmp_path / "out.jsonl", tmp_path / "rows.jsonl", filter={"duplicates": False, "contradictions": False}
+    )
+    assert built.rows == 10
+
+
+def test_sides_are_balanced_with_the_fewest_rows_dropped(many: Path, tmp_path: Path) -> None:
+    """300 : 20 : 80 allows 2 x 80 + 20 = 180 rows."""
+    built, kept = make(tmp_path / "out.jsonl", many, balance={"chosen_longer": 0.5})
+    assert counts(built) == (80, 20, 80)
+    step = built.steps[-1]
+    assert (step.rows_out, step.most, built.before.share) == (180, 180.0, 310 / 400)
+    longer = Counter(
+        (a > b) - (a < b) for a, b in ((len(r["chosen"].split()), len(r["rejected"].split())) for r in kept)
+    )
+    assert longer == {1: 80, 0: 20, -1: 80}
+    built, _ = make(tmp_path / "out.jsonl", many, balance={"chosen_longer": 0.6})
+    assert abs(built.after.share - 0.6) < 1 / built.rows
+    assert (
+        built.rows == int(built.steps[-1].most or 0) == 225
+    )  # 80 and 20 stay; (0.6 x 80 + 0.1 x 20) / 0.4 = 125 longer
+
+
+def test_differences_are_balanced_by_size(tmp_path: Path) -> None:
+    """By 1 word: 6 longer, 2 shorter; by 8: 1 and 3; by 20: 2 and none. 2 x 2 + 2 x 1 + 0 and the one tie remain."""
+    sizes = [(5, 4)] * 6 + [(4, 5)] * 2 + [(12, 4)] + [(4, 12)] * 3 + [(30, 10)] * 2 + [(7, 7)]
+    file = write(tmp_path / "rows.jsonl", [pair(n, *size) for n, size in enumerate(sizes)])
+    built, kept = make(tmp_path / "out.jsonl", file, balance={"lengths": True})
+    found = Counter(len(row["chosen"].split()) - len(row["rejected"].split()) for row in kept)
+    assert found == {1: 2, -1: 2, 8: 1, -8: 1, 0: 1}
+    assert (built.rows, built.steps[-1].most) == (7, 7.0)
+
+
+def test_topics_are_balanced(many: Path, tmp_path: Path) -> None:
+    """The four topics have 45, 45, 45 and 45 rows of 180; with one topic made rare, each has what that one has."""
+    built, _ = make(tmp_path / "out.jsonl", many, balance={"topics": True, "chosen_longer": 0.5})
+    assert set(built.topics.values()) == {min(built.topics.values())}
+    rows = read(many)
+    rare = write(tmp_path / "rare.jsonl", [row for n, row in enumerate(rows) if row["topic"] != "t0" or n < 40])
+    built, _ = make(tmp_path / "out.jsonl", rare, balance={"topics": True})
+    assert built.topics == {"t0": 10, "t1": 10, "t2": 10, "t3": 10}
+
+
+def test_topics_by_expression_the_first_that_matches(tmp_path: Path) -> None:
+    prompts = ["Tax on land?", "A tax on rent?", "Rent?", "Weather?"]
+    rows = [{**pair(n), "prompt": prompt, "topic": "own"} for n, prompt in enumerate(prompts)]
+    named = {"taxes": r"(?i)\btax", "housing": "(?i)rent"}
+    _, kept = make(tmp_path / "out.jsonl", write(tmp_path / "rows.jsonl", rows), topics=named)
+    assert [row["topic"] for row in kept] == ["taxes", "taxes", "housing", "other"]
+    _, kept = make(tmp_path / "out.jsonl", tmp_path / "rows.jsonl")
+    assert {row["topic"] for row in kept} == {"own"}
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 3), (1, 1), (3, 1), (0.9, 0.1)])
+def test_shares_of_rows_within_one(many: Path, tmp_path: Path, one: float, other: float) -> None:
+    """400 and 120 rows: the most of both in the shares, to within a row."""
+    few = write(tmp_path / "few.jsonl", [pair(n) for n in range(1000, 1120)])
+    sources = [{"name": str(many), "share": one}, {"name": str(few), "share": other}]
+    built, kept = make(tmp_path / "out.jsonl", *sources)
+    whole = min(400 / (one / (one + other)), 120 / (other / (one + other)))
+    found = Counter(row["source"] for row in kept)
+    assert abs(found["many.jsonl"] - whole * one / (one + other)) <= 1
+    assert abs(found["few.jsonl"] - whole * other / (one + other)) <= 1
+    assert [each.written for each in built.sources] == [found["many.jsonl"], found["few.jsonl"]]
+
+
+def test_a_dose_of_a_mixture_keeps_its_shares(many: Path, tmp_path: Path) -> None:
+    """Any number of rows of three sources, 2 : 1 : 1, to within one, and half of each source's sides turned in a placebo."""
+    others = [write(tmp_path / f"{n}.jsonl", [pair(n + i, 5 + i % 3) for i in range(200)]) for n in (1000, 2000)]
+    shares = [
+        {"name": str(name), "share": share, "direction": "shuffled"}
+        for name, share in zip([many, *others], (2, 1, 1), strict=True)
+    ]
+    for rows in (1, 7, 90, 333, 799):
+        built, _ = make(tmp_path / "out.jsonl", *shares, dose={"rows": rows})
+        written = [each.written for each in built.sources]
+        assert max(abs(count - rows * share / 4) for count, share in zip(written, (2, 1, 1), strict=True)) < 1
+        assert built.turned == sum(count // 2 for count in written)
+
+
+def test_shares_of_text_within_one_row(many: Path, tmp_path: Path) -> None:
+    """A quarter of the words from rows of 202 words: as many rows as bring that, to within half a row."""
+    long = write(tmp_path / "long.jsonl", [pair(n, 100, 100) for n in range(1000, 1200)])
+    shares = [{"name": str(many), "share": 3}, {"name": str(long), "share": 1}]
+    built, kept = make(tmp_path / "out.jsonl", *shares, mix="tokens")
+    text = Counter[str]()
+    for row in kept:
+        text[row["source"]] += sum(len(row[key].split()) for key in ("prompt", "chosen", "rejected"))
+    assert abs(text["long.jsonl"] - text["many.jsonl"] / 3) <= 202
+    assert built.sources[0].written == 400
+
+
+def test_the_dose_is_nested_and_like_the_whole(many: Path, tmp_path: Path) -> None:
+    """Each dose is part of the next larger one, also where the file has another order, and holds the sides in their shares."""
+    shuffled = write(tmp_path / "again.jsonl", sorted(read(many), key=lambda row: hash(row["prompt"])))
+    doses: list[set[str]] = []
+    for name, fraction in [(many, 0.1), (shuffled, 0.25), (many, 0.5), (shuffled, 1.0)]:
+        built, kept = make(tmp_path / "out.jsonl", name, balance={"chosen_longer": 0.5}, dose={"fraction": fraction})
+        doses.append({row["prompt"] for row in kept})
+        assert built.rows == round(180 * fraction)
+        assert abs(built.after.share - 0.5) * built.rows <= 1
+    assert doses[0] < doses[1] < doses[2] < doses[3]
+    built, kept = make(tmp_path / "out.jsonl", many, balance={"chosen_longer": 0.5}, dose={"rows": 45})
+    assert {row["prompt"] for row in kept} == doses[1]
+    _, kept = make(tmp_path / "out.jsonl", many, seed=1, balance={"chosen_longer": 0.5}, dose={"rows": 45})
+    assert {row["prompt"] for row in kept} != doses[1]
+    with pytest.raises(DataError, match="asks for 999 rows and 400 are left"):
+        make(tmp_path / "out.jsonl", many, dose={"rows": 999})
+
+
+# --- directions ------------------------------------------------------------------------------------------------------
+
+
+def sides(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    return {row["prompt"]: (row["chosen"], row["rejected"]) for row in rows}
+
+
+def test_directions_of_pairs(many: Path, tmp_path: Path) -> None:
+    own = sides(read(many))
+    for direction, turned in [
+        ("as-is", 0),
+        ("left", 0),
+        ("right", 0),
+        ("swapped", 400),
+        ("shuffled", 200),
+        ("length", None),
+    ]:
+        built, kept = make(tmp_path / "out.jsonl", {"name": str(many), "direction": direction})
+        found = sides(kept)
+        assert found.keys() == own.keys()
+        assert all(found[prompt] in (each, each[::-1]) for prompt, each in own.items())
+        changed = sum(found[prompt] != each for prompt, each in own.items())
+        assert turned is None or changed == turned
+        if direction == "length":
+            assert counts(built) == (300, 20, 80)
+            assert changed > 100
+        if direction == "shuffled":
+            assert counts(built) == (190, 20, 190)
+
+
+def test_directions_of_stances(tmp_path: Path) -> None:
+    """Twins of the shipped rows differ in nothing but the side; the control rows are a source like any other."""
+    texts = {}
+    for direction in ("left", "right"):
+        built, texts[direction] = make(
+            tmp_path / "out.jsonl", {"name": "stances", "direction": direction}, balance={"chosen_longer": 0.5}
+        )
+        assert built.direction == direction
+    assert [row["id"] for row in texts["left"]] == [row["id"] for row in texts["right"]]
+    assert sides(texts["left"]) == {prompt: pair[::-1] for prompt, pair in sides(texts["right"]).items()}
+    built, kept = make(tmp_path / "out.jsonl", {"name": "stances", "direction": "shuffled"})
+    held = {prompt for prompt, pair in sides(kept).items() if sides(texts["left"]).get(prompt) == pair}
+    assert (built.turned, built.direction) == (148, "shuffled")
+    assert 100 < len(held) < 196
+    built, kept = make(tmp_path / "out.jsonl", {"name": "stances-control", "direction": "left"})
+    assert (built.rows + built.sources[0].other_splits, built.direction) == (80, "none")
+    with pytest.raises(DataError, match="does not say which is to be chosen"):
+        make(tmp_path / "out.jsonl", write(tmp_path / "sides.jsonl", [{"prompt": "p", "left": "l", "right": "r"}]))
+
+
+def strata(built_rows: list[Row]) -> Counter[tuple[Any, ...]]:
+    found: Counter[tuple[Any, ...]] = Counter()
+    for row in built_rows:
+        chosen, rejected = len(row["chosen"].split()), len(row["rejected"].split())
+        found[row["topic"], bin_of(chosen + rejected), bin_of(abs(chosen - rejected)), chosen > rejected] += 1
+    return found
+
+
+def bin_of(length: int) -> int:
+    """How many of 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64 are not larger."""
+    return sum(edge <= length for edge in (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64))
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}}], ids=["plain", "dose"]
+)
+def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
+    """Two files with other numbers of rows in the strata; each is built with the other as its twin."""
+    shapes = [(5, 3), (9, 12), (20, 4), (7, 7), (3, 6)]
+    left = [pair(n, *shapes[n % 5], topic=f"t{n % 3}") for n in range(300)]
+    right = [pair(n + 1000, *shapes[n * n % 5], topic=f"t{n % 4}") for n in range(400)]
+    for name, rows in (("left", left), ("right", right)):
+        write(tmp_path / f"{name}.jsonl", rows)
+        other = "right" if name == "left" else "left"
+        lines = [f'title = "{name}"', "[[source]]", f'name = "{tmp_path / name}.jsonl"', f'direction = "{name}"']
+        lines += ["[match]", f'twin = "{tmp_path / other}.toml"']
+        lines += [f"[{group}]\n{key} = {value}" for group, table in more.items() for key, value in table.items()]
+        (tmp_path / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    made = {}
+    for name in ("left", "right"):
+        built = build.build(
+            presets.read_recipe(str(tmp_path / f"{name}.toml")), tmp_path / f"{name}-out.jsonl", processes=1
+        )
+        made[name] = read(tmp_path / f"{name}-out.jsonl")
+        assert built.twin[0].name == ("right.jsonl" if name == "left" else "left.jsonl")
+        assert not more or abs(built.after.share - 0.5) * built.rows <= 1
+    assert strata(made["left"]) == strata(made["right"])
+    assert len(made["left"]) > 40
+    assert not {row["prompt"] for row in made["left"]} & {row["prompt"] for row in made["right"]}
+    if not more:  # the fewer of both, in every stratum
+        whole = [strata([{**row} for row in rows]) for rows in (left, right)]
+        assert strata(made["left"]) == whole[0] & whole[1]
+
+
+def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
+    twin = tmp_path / "twin.toml"
+    twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "x.toml"\non = ["topic"]\n')
+    with pytest.raises(ConfigError, match="matches on topic"):
+        make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    with pytest.raises(ConfigError, match=r"match.twin: stances holds a left and a right text"):
+        make(tmp_path / "out.jsonl", many, match={"twin": "stances"})
+    built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
+    assert built.rows == 400
+
+
+@given(st.text(st.sampled_from("ab \t\n\r\v\f\x1c\x1f\x85\u00a0\u2003é")))
+def test_words_are_what_white_space_separates(text: str) -> None:
+    assert columns.count_words(text) == len(text.split())
+
+
+# --- the same bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is read in about fifty parts."""
+    monkeypatch.setattr("politune.data.files.PART_BYTES", 4096)
+    return write(tmp_path / "parts.jsonl", [pair(n, 5 + n % 7, 4 + n % 5, topic=f"t{n % 3}") for n in range(1500)])
+
+
+FIELDS: Row = {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_one_process_or_two_write_the_same(parts: Path, tmp_path: Path, suffix: str) -> None:
+    contents = []
+    for processes in (1, 2) if suffix != ".jsonl" else (2, 1, 2):
+        out = tmp_path / f"out{suffix}"
+        built = build.build(recipe({"name": str(parts), "direction": "shuffled"}, **FIELDS), out, processes=processes)
+        papers = [(tmp_path / f"out{suffix}{end}").read_bytes() for end in (".manifest.json", ".md")]
+        contents.append([out.read_bytes(), *papers])
+        assert built.rows > 300
+    assert all(each == contents[0] for each in contents)
+    assert str(tmp_path) not in contents[0][1].decode() + contents[0][2].decode()
+
+
+def test_every_format_of_a_source_gives_the_same_rows(tmp_path: Path) -> None:
+    """Lines are taken as they are where they can be, and put together elsewhere: the same rows, whichever."""
+    rows = [{**pair(n), "chosen": f'said "rejected": {{no}} \\ \n é \u2028 {n}'} for n in range(30)]
+    write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.jsonl").write_text(
+        "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False, separators=(" , ", "  :  ")) for row in rows)
+    )
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    write(tmp_path / "d.jsonl", [{**dict(reversed(row.items())), "extra": 1} for row in rows])
+    found = []
+    for name in ("a.jsonl", "b.jsonl", "c.json", "d.jsonl"):
+        for direction in ("shuffled", "swapped"):
+            _, kept = make(tmp_path / "out.jsonl", {"name": str(tmp_path / name), "direction": direction})
+            found.append({json.dumps({**row, "source": direction}, sort_keys=True) for row in kept})
+    assert len(found[0]) == 30
+    assert all(each == found[0] for each in found[::2])
+    assert all(each == found[1] for each in found[1::2])
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_matters(parts: Path, tmp_path: Path) -> None:
+    """Killed while it writes: no output, and the next build takes its draft over and writes the same bytes."""
+    out, text = tmp_path / "out.jsonl", f'[[source]]\nname = "{parts}"\n'
+    (tmp_path / "it.toml").write_text(text)
+    code = (
+        "import sys, time\nfrom politune import presets\nfrom politune.data import build, files\nfiles.PART_BYTES = 4096\n"
+        "write = build._write_all\n"
+        "build._write_all = lambda file, content: (write(file, content), file.flush(), print('w', flush=True), time.sleep(60))\n"
+        "from pathlib import Path\n"
+        "build.build(presets.read_recipe(sys.argv[1]), Path(sys.argv[2]), processes=1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "it.toml"), str(out)], stdout=subprocess.PIPE, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"w"
+    draft = tmp_path / ".out.jsonl.draft"
+    assert draft.stat().st_size > 0
+    with pytest.raises(OutputError, match="another build") as refused:
+        make(out, parts)
+    assert refused.value.exit_code == 7
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert names_in(tmp_path) == [".out.jsonl.draft", "it.toml", "parts.jsonl"]
+    built, kept = make(out, parts)
+    assert len(kept) == built.rows == 1500
+    again, _ = make(tmp_path / "again.jsonl", parts)
+    assert again.sha256 == built.sha256
+    assert not draft.exists()
+
+
+def test_an_interrupted_build_leaves_nothing(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_write_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted) as stopped, caught("politune data build it.toml"):
+        make(tmp_path / "out.jsonl", parts)
+    assert stopped.value.exit_code == 130
+    assert "go on with: politune data build it.toml" in str(stopped.value)
+    assert names_in(tmp_path) == ["parts.jsonl"]
+
+
+def test_the_workers_end_with_a_killed_build(parts: Path, tmp_path: Path) -> None:
+    """A killed process cannot end its workers; they see that it is gone."""
+    code = (
+        "import sys, time, multiprocessing\nfrom politune.data import workers\n"
+        "results = workers.in_order(str, range(10), 2)\nnext(results)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert pids
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() and is_alive(pid) for pid in pids)
+
+
+def is_alive(pid: int) -> bool:
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+GOOD_LINE = json.dumps(pair(1)).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("cut.jsonl.gz", gzip.compress(GOOD_LINE * 2000)[:-20], "cut off"),
+        ("half.jsonl", GOOD_LINE * 3 + "é".encode()[:1], "is not UTF-8"),
+        ("nul.jsonl", GOOD_LINE * 3 + b"\0" * 100, "malformed JSON"),
+        ("long.jsonl", GOOD_LINE + b'{"prompt": "' + b"x" * 40_000, "a record of more than"),
+        ("empty.jsonl", b"", "the file is empty"),
+        ("none.jsonl", b"\n\n", "holds no rows"),
+        ("array.jsonl", b"[1]", "not an array"),
+        ("null.jsonl", b'{"prompt": "p", "chosen": null, "rejected": "r"}\n', "chosen is null"),
+        ("other.jsonl", b'{"text": "p"}\n', "need prompt, chosen, rejected"),
+        ("last.jsonl", GOOD_LINE * 3000 + b'{"prompt": "p", "ch', "cut off"),
+        ("split.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": "r", "split": "test"}\n', "no rows of the split"),
+        ("surrogate.jsonl", b'{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}\n', "half a character"),
+    ],
+)  # fmt: skip
+def test_a_damaged_source_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
+) -> None:
+    """A record of two gigabytes is one of more than 16 MiB, and here of more than 16 KiB."""
+    monkeypatch.setattr("politune.data.files.RECORD_BYTES", 2**14)
+    monkeypatch.setattr("politune.data.files.PART_BYTES", 2**14)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        make(tmp_path / "out.jsonl", tmp_path / name)
+    assert said in str(refused.value), refused.value
+    assert refused.value.exit_code == 3
+    assert names_in(tmp_path) == [name]
+
+
+def test_other_rows_than_the_recipe_names(many: Path, tmp_path: Path) -> None:
+    sha256 = sources.load(DataSpec(dataset_name=str(many))).sha256
+    built, _ = make(tmp_path / "out.jsonl", {"name": str(many), "sha256": sha256})
+    assert built.sources[0].sha256 == sha256
+    with pytest.raises(DataError, match=f"{'0' * 64} -> {sha256}"):
+        make(tmp_path / "other.jsonl", {"name": str(many), "sha256": "0" * 64})
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_a_source_that_changes_between_the_readings(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = build.select.choose
+
+    def change(*given: Any) -> Any:
+        write(many, [{**row, "chosen": row["chosen"].upper()} for row in read(many)])
+        return choose(*given)
+
+    monkeypatch.setattr(build.select, "choose", change)
+    with pytest.raises(DataError, match="changed while it was read"):
+        make(tmp_path / "out.jsonl", many)
+    assert names_in(tmp_path) == ["many.jsonl"]
+
+
+def test_a_pattern_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "PATIENCE_SECONDS", 0.3)
+    file = write(tmp_path / "rows.jsonl", [pair(1), {**pair(2), "prompt": "a" * 60 + "!"}])
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2.*does not come to an end") as refused:
+        make(tmp_path / "out.jsonl", file, filter={"drop": [{"field": "prompt", "pattern": r"^(a+)+$"}]})
+    assert refused.value.exit_code == 2
+    assert names_in(tmp_path) == ["rows.jsonl"]
+    with pytest.raises(ConfigError, match="does not come to an end"):
+        make(tmp_path / "out.jsonl", file, topics={"a": r"^(a+)+$"})
+
+
+def test_no_row_is_left(many: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no row is left after the step filter.*400 length of prompt"):
+        make(tmp_path / "out.jsonl", many, filter={"prompt": [50, 60]})
+    other = write(tmp_path / "other.jsonl", [pair(n, topic="elsewhere") for n in range(9)])
+    with pytest.raises(DataError, match="no row is left after the step match"):
+        make(tmp_path / "out.jsonl", many, match={"twin": str(other)})
+
+
+def test_only_what_it_made_is_replaced(many: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("precious\n")
+    with pytest.raises(OutputError, match="exists"):
+        make(mine, many)
+    assert mine.read_text() == "precious\n"
+    with pytest.raises(OutputError, match="one of the recipe's sources"):
+        make(many, many)
+    for name, said in [("out.csv", "no name of a data set"), ("no/out.jsonl", "directory that does not exist")]:
+        with pytest.raises(OutputError, match=said):
+            make(tmp_path / name, many)
+    make(tmp_path / "out.jsonl", many)
+    built, _ = make(tmp_path / "out.jsonl", many, dose={"rows": 3})
+    assert len(read(tmp_path / "out.jsonl")) == 3
+    looked = build.build(recipe(many, dose={"rows": 4}), None, processes=1)
+    assert (looked.rows, looked.file, built.rows) == (4, "", 3)
+
+
+def test_what_killed_builds_left_of_papers_goes(many: Path, tmp_path: Path) -> None:
+    for name in (".out.jsonl.manifest.json-abc", ".out.jsonl.md-x", ".other.jsonl.md-x", "own.md"):
+        (tmp_path / name).write_text("{")
+    make(tmp_path / "out.jsonl", many)
+    kept = [".other.jsonl.md-x", "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
+    assert names_in(tmp_path) == kept
+    (tmp_path / "new.jsonl.md").write_text("my own notes")
+    with pytest.raises(OutputError, match=r"new.jsonl.md exists"):
+        make(tmp_path / "new.jsonl", many)
+
+
+def test_a_run_waits_for_who_makes_its_data(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes one makes the file; the other, refused while that goes on, takes what it made."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    wanted, own, tries = recipe(many), build.build, []
+
+    def busy_once(*given: Any, **options: Any) -> Built:
+        tries.append(given[1])
+        if len(tries) == 1:
+            own(*given, **options, processes=1)  # the other process, meanwhile
+            raise build.InUse("another build is at work")
+        return own(*given, **options)
+
+    monkeypatch.setattr(build, "build", busy_once)
+    assert build.cached(wanted)[1]["rows"] == 400
+    assert len(tries) == 1
+
+
+def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for place in ("_write_all", "write_whole"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, place, full)
+            with pytest.raises(OutputError, match="No space left"):
+                make(tmp_path / "out.jsonl", many)
+        assert names_in(tmp_path) == ["many.jsonl"]
+
+
+def test_hostile_names_and_texts(tmp_path: Path) -> None:
+    """Escapes, markup and bars of a source's name, topic, generator and id reach neither terminal nor card as such."""
+    name = "x`|<b>\x1b[2J](evil).jsonl"
+    rows = [pair(n, topic="a|<script>\x1b", id="\ud800" if n else "\x1b[2J") for n in range(3)]
+    source = {"name": str(write(tmp_path / name, rows)), "generator": "`|<i>\n# no", "licence": "free\n---\n# x"}
+    built, kept = make(tmp_path / "out.jsonl", source, title="# a `title` <img src=x>")
+    card = (tmp_path / "out.jsonl.md").read_text()
+    assert "\x1b" not in card and "<script>" not in card and "<b>" not in card and "<img" not in card
+    assert "\n# no" not in card and "\n# x" not in card
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in card.splitlines() if line.startswith("| `x"))
+    assert [row["id"] for row in kept] == ["\x1b[2J", "?", "?"]
+    text = json.dumps([str(section) for section in built.sections()])
+    assert "\\u001b" not in text.replace("\\\\u001b", "")
+    with pytest.raises(PolituneError):
+        make(tmp_path / "out2.jsonl", "a\x1bb/../--c")
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("shape", ["text", "messages"])
+def test_datasets_and_trl_read_it(tmp_path: Path, suffix: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from trl.data_utils import is_conversational
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows: list[Row] = [pair(n) for n in range(5)]
+    if shape == "messages":
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+        answer = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        rows.append({"prompt": turns, **answer})
+        rows = rows[5:] * 1 + [{"prompt": [{"role": "user", "content": f"q{n}"}], **answer} for n in range(5)]
+    out = tmp_path / f"out{suffix}"
+    built = build.build(recipe(write(tmp_path / "rows.jsonl", rows)), out, processes=1)
+    assert built.shape == shape
+    kind = "parquet" if suffix == ".parquet" else "json"
+    data = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert sorted(data.column_names) == sorted(["prompt", "chosen", "rejected", "id", "topic", "source"])
+    assert len(data) == len(rows)
+    assert is_conversational(data[0]) == (shape == "messages")
+    table = sources.load(DataSpec(dataset_name=str(out)))
+    assert len(table.rows) == len(rows)
+    if shape == "text":
+        assert sides(table.rows) == sides(rows)
+
+
+def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
+    source = {"name": str(many), "direction": "left", "generator": "Llama3-70B", "licence": "CC-BY-4.0"}
+    make(tmp_path / "out.jsonl", source, title="Left arm", balance={"chosen_longer": 0.5})
+    card = (tmp_path / "out.jsonl.md").read_text()
+    for part in (
+        "# Left arm",
+        "political left",
+        "CC-BY-4.0",
+        "Llama3-70B",
+        "220 too many of its side",
+        "Not to be used for",
+    ):
+        assert part in card, part
+    assert "not legal advice" in card
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert manifest["rows"] == 180
+    assert manifest["sources"][0]["generator"] == "Llama3-70B"
+    make(tmp_path / "out.jsonl", {**source, "generator": "Mistral"})
+    assert "not legal advice" not in (tmp_path / "out.jsonl.md").read_text()
+
+
+def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> None:
+    source = {"name": str(many), "generator": "A-7B", "licence": "CC0-1.0"}
+    make(tmp_path / "first.jsonl", source)
+    built, _ = make(tmp_path / "second.jsonl", tmp_path / "first.jsonl")
+    assert (built.sources[0].generator, built.sources[0].licence) == ("A-7B", "CC0-1.0")
+    built, _ = make(tmp_path / "third.jsonl", many)
+    assert (built.sources[0].generator, built.sources[0].licence) == (None, None)
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reads_what_its_recipe_makes(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once in the cache, again where a source or the recipe has changed, and the same rows as the command writes."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    wanted = recipe({"name": str(many), "direction": "left"}, balance={"chosen_longer": 0.5})
+    table = sources.load(DataSpec(recipe=wanted))
+    _, kept = make(tmp_path / "out.jsonl", {"name": str(many), "direction": "left"}, balance={"chosen_longer": 0.5})
+    assert table.rows == kept
+    assert table.manifest is not None
+    assert table.manifest["rows"] == 180
+    assert re.fullmatch(r"recipe [0-9a-f]{12} of many.jsonl", table.name)
+    monkeypatch.setattr(build, "build", None)
+    assert sources.load(DataSpec(recipe=wanted)).sha256 == table.sha256
+    monkeypatch.undo()
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    write(many, read(many)[:-1])
+    assert sources.load(DataSpec(recipe=wanted)).sha256 != table.sha256
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
+    assert sources.check(DataSpec(recipe=recipe({"name": "owner/name"}))) is None
+    assert sources.check(DataSpec(recipe=recipe(many, match={"twin": "owner/name"}))) is None
+
+
+def parse(line: str) -> object:
+    """The run that a printed command resolves to, through the command line itself."""
+    seen: list[object] = []
+    original = cli._train
+    cli._train = lambda resolved, *rest: seen.append(resolved.run)  # type: ignore[assignment]
+    try:
+        cli.app(args=flags.normalise(shlex.split(line)[1:]), standalone_mode=False)
+    finally:
+        cli._train = original
+    return seen[0]
+
+
+def test_a_preset_with_a_recipe_goes_round(tmp_path: Path) -> None:
+    text = presets.read("demo-left").text.replace(
+        'dataset_name = "stances"\ndataset_split = "train"\ndirection = "left"\n', ""
+    )
+    table = (
+        '[data.recipe]\ntitle = "t"\n[data.recipe.topics]\ntax = "tax\\\\b"\n[[data.recipe.source]]\nname = "stances"\n'
+    )
+    twins = {}
+    for side in ("left", "right"):
+        file = tmp_path / f"{side}.toml"
+        file.write_text(text.replace("[lora]", f'{table}direction = "{side}"\n\n[lora]'))
+        twins[side] = presets.resolve(None, str(file)).run
+        assert twins[side].data.declared_direction == side
+        assert parse(presets.command(twins[side])) == twins[side]
+    one, other = (presets.flatten(run) for run in twins.values())
+    assert [key for key in one if one[key] != other[key]] == ["data.recipe"]
+    assert one["data.recipe"]["topics"] == {"tax": r"tax\b"}
+    bad = tmp_path / "bad.toml"
+    bad.write_text((tmp_path / "left.toml").read_text().replace("[data.recipe]", "[data.recipe]\nseeds = 3"))
+    with pytest.raises(
+        ConfigError, match=r"bad.toml:\d+: unknown setting data.recipe.seeds. did you mean data.recipe.seed\?"
+    ):
+        presets.resolve(None, str(bad))

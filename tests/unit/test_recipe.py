@@ -1,0 +1,202 @@
+"""The schema of a recipe, what of it is refused with file and line, and the arithmetic of which rows are kept."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from politune import presets
+from politune.config import Recipe
+from politune.data import select
+from politune.errors import ConfigError
+
+STANCES = '[[source]]\nname = "stances"\ndirection = "left"\n'
+SOURCE = '[[source]]\nname = "rows.jsonl"\n'
+
+
+def refusal(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        presets.read_recipe(str(file))
+    assert caught.value.exit_code == 2
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SOURCE + "shar = 1\n", ["mine.toml:3", "source.shar", "did you mean source.share?"]),
+        (STANCES + "\n" + SOURCE + "spilt = 'x'\n", ["mine.toml:7", "did you mean source.split?"]),
+        (SOURCE + "[filter]\nduplicate = true\n", ["mine.toml:4", "did you mean filter.duplicates?"]),
+        (SOURCE + "[balance]\nchosen_longer = 1.5\n", ["mine.toml:4", "balance.chosen_longer", "share of the rows"]),
+        (SOURCE + "[balance]\nlengths = true\nchosen_longer = 0.4\n", ["mine.toml:3", "makes chosen_longer 0.5"]),
+        (SOURCE + "[balanse]\nlengths = true\n", ["mine.toml:3", "did you mean balance?"]),
+        (SOURCE + "[[filter.drop]]\nfield = 'prompt'\npattern = 'a'\n[[filter.drop]]\nfield = 'prompt'\npattern = '(a'\n",
+         ["mine.toml:8", "no regular expression", "unterminated"]),
+        (SOURCE + "[topics]\ntax = '['\n", ["mine.toml:4", "topics.tax", "no regular expression"]),
+        (SOURCE + "[filter]\nprompt = [9, 3]\n", ["mine.toml:4", "the smaller one first"]),
+        (SOURCE + "[dose]\nfraction = 0.5\nrows = 3\n", ["mine.toml:3", "either fraction or rows"]),
+        (SOURCE + "[dose]\nfraction = 1.5\n", ["mine.toml:4", "dose.fraction"]),
+        (SOURCE + "share = 0\n", ["mine.toml:3", "source.share"]),
+        (SOURCE + "share = 1\n\n" + STANCES, ["either every source has a share or none has"]),
+        ("mix = 'tokens'\n" + SOURCE, ["needs a share"]),
+        (SOURCE + "direction = 'centre'\n", ["mine.toml:3", "source.direction"]),
+        ('[[source]]\nname = "stances"\n', ["mine.toml:1", "left, right, shuffled or length"]),
+        ('[[source]]\nname = "scale-lab/politune-left"\ndirection = "right"\n', ["mine.toml:1", "contradicts"]),
+        ('[[source]]\nname = "yahma/alpaca-cleaned"\n', ["holds no preferences"]),
+        (SOURCE + "sha256 = 'abc'\n", ["mine.toml:3", "64 hexadecimal digits"]),
+        ("title = 'x'\n", ["source"]),
+        ("source = []\n", ["1 to 100 tables"]),
+        ("seed = = 3\n", ["mine.toml:1", "not valid TOML"]),
+        ("title = '\x1b[2J'\n" + SOURCE, ["not valid TOML"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_by_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = refusal(tmp_path, text)
+    assert all(word in message for word in words), message
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the recipe file"):
+        presets.read_recipe(str(tmp_path / "none.toml"))
+
+
+def recipe(*sources: dict[str, object], **fields: object) -> Recipe:
+    return Recipe.model_validate({"source": list(sources), **fields})
+
+
+@pytest.mark.parametrize(
+    ("sources", "declared"),
+    [
+        ([("stances", "left")], "left"),
+        ([("stances", "right")], "right"),
+        ([("stances", "shuffled")], "shuffled"),
+        ([("rows.jsonl", "length")], "shuffled"),
+        ([("stances-control", "left")], "none"),
+        ([("scale-lab/politune-left", "swapped")], "right"),
+        ([("scale-lab/politune-right", "swapped")], "left"),
+        ([("rows.jsonl", "as-is")], "undeclared"),
+        ([("rows.jsonl", "swapped")], "undeclared"),
+        ([("a.jsonl", "left"), ("b.jsonl", "right")], "mixed"),
+        ([("a.jsonl", "left"), ("b.jsonl", "as-is")], "undeclared"),
+    ],
+)
+def test_the_direction_to_disclose(sources: list[tuple[str, str]], declared: str) -> None:
+    assert recipe(*({"name": name, "direction": side} for name, side in sources)).declared_direction == declared
+
+
+def test_data_have_one_origin() -> None:
+    table = {"source": [{"name": "stances", "direction": "left"}]}
+    flags = {"model.model_name_or_path": "x", "data.recipe": table}
+    with pytest.raises(ConfigError, match=r"dataset_name and recipe both say what the data are"):
+        presets.resolve("dpo", None, {**flags, "data.dataset_name": "stances"})
+    with pytest.raises(ConfigError, match=r"direction is given for each source"):
+        presets.resolve("dpo", None, {**flags, "data.direction": "left"})
+    with pytest.raises(ConfigError, match="train dpo"):
+        presets.resolve("sft", None, flags)
+    resolved = presets.resolve("dpo", None, flags)
+    assert resolved.run.data.declared_direction == "left"
+    assert "data.dataset_name" not in presets.flatten(resolved.run)
+    assert "data.recipe" not in presets.flatten(presets.resolve(None, "demo-left").run)
+
+
+# --- the most that can be kept ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "most"),
+    [
+        ((86, 14, 0), 0.5, 28),  # 2 min(L, S) + T
+        ((70, 20, 10), 0.5, 50),
+        ((14, 86, 0), 0.5, 28),
+        ((86, 14, 0), 0.86, 100),  # as it is
+        ((30, 70, 0), 0.6, 50),  # 30 of 50
+        ((90, 10, 0), 0.75, 40),  # 30 and 10
+        ((0, 0, 7), 0.5, 7),
+        ((5, 0, 5), 0.25, 0),  # nothing has less than a half: no rows do it
+        ((0, 6, 6), 0.25, 12),  # 3 of 12
+        ((9, 6, 6), 0.25, 12),  # all 9 longer ones go
+        ((4, 0, 0), 0.0, 0),
+        ((4, 3, 2), 1.0, 4),
+    ],
+)
+def test_the_bound_by_hand(counts: tuple[int, int, int], share: float, most: float) -> None:
+    assert select.most_with_share(*counts, share) == pytest.approx(most)
+
+
+def test_no_choice_of_rows_keeps_more() -> None:
+    """Every choice of up to 5 + 5 + 4 rows, counted out: none with the very share has more rows than the bound, and what is
+    kept is within one row of the share and of the bound."""
+    for longer, shorter, ties in product(range(6), range(6), range(5)):
+        for share in (0.0, 0.25, 0.4, 0.5, 0.75, 1.0):
+            bound = select.most_with_share(longer, shorter, ties, share)
+            exact = [
+                a + b + c
+                for a, b, c in product(range(longer + 1), range(shorter + 1), range(ties + 1))
+                if a + c / 2 == share * (a + b + c)
+            ]
+            assert max(exact) <= bound + 1e-9
+            gone = select.fewest_to_go(longer, shorter, ties, share)
+            kept = (longer - gone[0], shorter - gone[1], ties - gone[2])
+            assert bound - 2 <= sum(kept) <= bound + 1e-9
+            assert abs(kept[0] + kept[2] / 2 - share * sum(kept)) <= 1
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_any_first_rows_hold_every_cell_in_its_share(scattered: bool) -> None:
+    """Cells of 40, 20 and 10 rows: of the first k rows 4/7, 2/7 and 1/7 k are theirs, to within one."""
+    cells = np.repeat([0, 1, 2], [40, 20, 10])
+    ranks = np.random.default_rng(1).permutation(70).astype(np.uint64)
+    place = select.places(np.zeros(70, np.int64), cells, ranks, scattered=scattered)
+    assert sorted(place) == list(range(70))
+    for first in range(71):
+        taken = np.bincount(cells[place < first], minlength=3)
+        assert np.abs(taken - first * np.array([4, 2, 1]) / 7).max() <= 1
+    assert (np.argsort(ranks[cells == 0]) == np.argsort(place[cells == 0])).all()
+
+
+def test_cells_of_one_row_do_not_all_stand_in_the_middle() -> None:
+    """A thousand of them: of the first tenth about a tenth (three standard deviations are 28 rows), whatever their numbers."""
+    place = select.places(np.zeros(1000, np.int64), np.arange(1000), np.arange(1000, dtype=np.uint64), scattered=True)
+    assert abs((place[:500] < 100).sum() - 50) < 20
+
+
+def test_places_are_counted_within_groups() -> None:
+    groups = np.array([1, 0, 1, 0, 1])
+    place = select.places(groups, np.zeros(5, np.int64), np.array([5, 9, 1, 2, 3], np.uint64))
+    assert place.tolist() == [2, 1, 0, 0, 1]
+
+
+def test_a_rank_does_not_know_which_answer_is_chosen() -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**63, (100, 3)).astype(np.uint64)
+    assert (select._ranks(hashes, 7) == select._ranks(hashes[:, [0, 2, 1]], 7)).all()
+    assert (select._ranks(hashes, 7) != select._ranks(hashes, 8)).all()
+    assert len(set(select.identities(hashes).tolist())) == 100
+    assert (select._ordered(hashes, 1, 2) != select._ordered(hashes, 2, 1)).all()
+
+
+def test_half_of_every_side_is_turned() -> None:
+    """7 longer, 4 equal and 6 shorter: 8 of 17, of the longer 3, of the first 11 rows 5 (2 equal), and 3 shorter."""
+    signs = np.repeat([1, 0, -1], [7, 4, 6])
+    turned = select._half(signs, np.random.default_rng(0).permutation(17).astype(np.uint64))
+    assert [int(turned[signs == sign].sum()) for sign in (1, 0, -1)] == [3, 2, 3]
+
+
+def test_the_length_placebo_keeps_the_share_and_forgets_the_side() -> None:
+    """800 of 1000 rows have the longer answer chosen, before and after; which, is independent: an answer stays chosen in
+    0.8 x 0.8 + 0.2 x 0.2 = 68 % of the rows, give or take 1.5 % (three times its standard error: half the rows are drawn)."""
+    signs = np.repeat([1, -1, 0], [800, 200, 10])
+    ranks = np.random.default_rng(3).permutation(1010).astype(np.uint64)
+    turned = select._by_length(signs, ranks)
+    after = np.where(turned, -signs, signs)
+    assert [int((after == sign).sum()) for sign in (1, -1, 0)] == [800, 200, 10]
+    assert turned[signs == 0].sum() == 5
+    assert 0.64 <= 1 - turned[signs != 0].mean() <= 0.72
+    stays_long = (after[signs == 1] == 1).mean()
+    becomes_long = (after[signs == -1] == 1).mean()
+    assert abs(stays_long - becomes_long) < 0.12  # three standard errors of a difference of shares
