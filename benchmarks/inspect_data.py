@@ -88,9 +88,9 @@ def near_duplicates(place: Path) -> str:
     planted = made.write(path, 100_000, near=0.01, longer=0.86, seed=7)
     texts = [[row[name] for name in ("prompt", "chosen", "rejected")] for row in map(json.loads, path.open())]
     code = (
-        "import json, sys; from politune.config import DataSpec; from politune.data import audit, pairs, scan, sources\n"
+        "import json, sys; from politune.config import DataSpec; from politune.data import pairs, scan, sources\n"
         "found = scan.scan(sources.stream(DataSpec(dataset_name=sys.argv[1])), 'dpo', None, 0, processes=1)\n"
-        "print(json.dumps(pairs.similar_pairs(found, audit.distinct(found)[1])[0].tolist()))"
+        "print(json.dumps(pairs.similar_pairs(found, pairs.distinct(found)[1])[0].tolist()))"
     )
     found = {tuple(pair) for pair in json.loads(run([sys.executable, "-c", code, str(path)])[2])}
     near = {pair for pair in planted if _jaccard(texts, pair) >= 0.8 and texts[pair[0]] != texts[pair[1]]}

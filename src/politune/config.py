@@ -207,8 +207,8 @@ class SourceSpec(_Spec):
 
 
 class RuleSpec(_Spec):
-    field: Literal["prompt", "chosen", "rejected", "topic"]
-    """The text that is looked at."""
+    field: Literal["prompt", "chosen", "rejected", "topic", "language"]
+    """What is looked at; the row's language is an ISO 639-1 code, or `unclear` for what is too short to tell."""
     pattern: Annotated[str, AfterValidator(_compiles)]
     """Python's regular expression, found anywhere in it."""
 
@@ -227,6 +227,8 @@ class FilterSpec(_Spec):
     """Leave out rows that repeat an earlier one exactly."""
     contradictions: bool = True
     """Leave out rows that stand against another with the same pair the other way round, both of them."""
+    near_duplicates: bool = False
+    """Leave one of each group of rows whose runs of three words are alike to a Jaccard similarity of 0.8 or more."""
     drop: Annotated[tuple[RuleSpec, ...], Field(strict=False)] = ()
     """Rows that match any of these go."""
     keep: Annotated[tuple[RuleSpec, ...], Field(strict=False)] = ()

@@ -9,7 +9,7 @@ from typing import Any
 from politune.config import SHIPPED_DATA, DataSpec, Run
 from politune.data import arms, audit, leaks, scan, sources
 from politune.data import format as rows_format
-from politune.data.files import Part
+from politune.data.files import Part, no_rows
 from politune.data.findings import QUESTIONS, DataAudit, Finding
 from politune.data.workers import in_order
 from politune.errors import ConfigError, PolituneError, safe
@@ -131,7 +131,10 @@ def _opened(
     if name in SHIPPED_DATA and spec.direction is None:
         spec = spec.model_copy(update={"direction": "left"})
     source = sources.stream(spec, offline=offline)
-    columns = next(iter(source.parts())).read().columns
+    first = next(iter(source.parts()), None)
+    if first is None:
+        raise no_rows(source.name, ())
+    columns = first.read().columns
     shape = rows_format.Table(columns, [], source.name, "")
     method = _method(run, shape, say)
     return _with_direction(spec, shape, say), source, method

@@ -48,14 +48,14 @@ class Arms:
         lines: what is compared.
         apart: of the first two, the words that set their prompts apart: here more often, there more often.
         shared_prompts: by pair of data sets, prompts that stand in both.
-        similar: by pair, rows of the first that are near-duplicates of a row of the second.
+        similar: by pair, rows of the first that are copies or near-duplicates of a row of the second; whether those are all.
     """
 
     names: tuple[str, ...]
     lines: tuple[Compared, ...]
     apart: tuple[tuple[str, ...], tuple[str, ...]]
     shared_prompts: tuple[tuple[str, str, int], ...]
-    similar: tuple[tuple[str, str, int], ...]
+    similar: tuple[tuple[str, str, int, bool], ...]
 
     @property
     def unmatched(self) -> tuple[Compared, ...]:
@@ -90,8 +90,8 @@ class Arms:
         )
         yield Table("Are the arms matched?", ("compared", *self.names, "difference", "matched"), rows, note)
         both = [
-            (f"{one} and {other}", shared, alike)
-            for (one, other, shared), (_, _, alike) in zip(self.shared_prompts, self.similar, strict=True)
+            (f"{one} and {other}", shared, f"{alike:,}{'' if is_all else ' or more'}")
+            for (one, other, shared), (_, _, alike, is_all) in zip(self.shared_prompts, self.similar, strict=True)
         ]
         yield Table("What the arms share", ("arms", "prompts", "near-duplicate rows"), tuple(both))
         here, there = self.apart
@@ -105,7 +105,11 @@ def compare(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Arms:
     lines = [line for compare in COMPARISONS for line in compare(scans, audits)]
     pairs = list(combinations(range(len(scans)), 2))
     shared = tuple((names[one], names[other], _count_shared(scans[one], scans[other])) for one, other in pairs)
-    similar = tuple((names[one], names[other], find_similar_between(scans[one], scans[other])) for one, other in pairs)
+    similar = tuple(
+        (names[one], names[other], found[0], found[1])
+        for one, other in pairs
+        for found in [find_similar_between(scans[one], scans[other])]
+    )
     return Arms(names, tuple(lines), _apart(scans[0], scans[1]), shared, similar)
 
 

@@ -12,12 +12,11 @@ from politune.data.checks import CHECKS
 from politune.data.findings import DataAudit, Leak, Lengths, Longer, Marks, TokenCounts, Unit
 from politune.data.format import Encoded, PreferenceRow, encode, prompt_key, unusable
 from politune.data.languages import UNCLEAR, languages_of
-from politune.data.pairs import find_similar
-from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, rows_at, whole_text
+from politune.data.pairs import distinct, find_similar
+from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at, whole_text
 from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
 from politune.data.shown import find_rows, parts_of, render_median
 from politune.data.sources import named_generators
-from politune.data.words import mixed
 from politune.data.workers import in_order
 from politune.record import generator_note
 from politune.report import Bars
@@ -143,21 +142,6 @@ def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def distinct(scan: Scan) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
-    """(a hash of each row's prompt and answers, in their order; the first row with each of them)."""
-    import numpy as np
-
-    keys = _row_keys(*scan["keys"].T)
-    return keys, np.sort(np.unique(keys, return_index=True)[1])
-
-
-def _row_keys(prompt: Any, first: Any, second: Any) -> "NDArray[np.uint64]":
-    import numpy as np
-
-    found: NDArray[np.uint64] = mixed(mixed(mixed(prompt) + first) + second)
-    return found
-
-
 def _count_distinct(keys: "NDArray[np.uint64]") -> int:
     import numpy as np
 
@@ -170,7 +154,7 @@ def _count_contradicted(columns: "NDArray[np.uint64]", keys: "NDArray[np.uint64]
 
     prompt, chosen, rejected = columns.T
     differs = chosen != rejected
-    turned = _row_keys(prompt, rejected, chosen)
+    turned = row_keys(prompt, rejected, chosen)
     return int((np.isin(turned, keys[differs]) & differs).sum())
 
 

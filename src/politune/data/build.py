@@ -30,11 +30,14 @@ from politune.data.columns import (
     Reader,
     jobs,
     read_columns,
+    shingles_of,
     starts,
+    wanted_rows,
 )
 from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.made import Built, Lengths, SourceFacts
+from politune.data.neighbours import THRESHOLD, similarity
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, OutputError, PolituneError, safe
 from politune.hashes import sha256_of, sha256_once
@@ -100,7 +103,8 @@ def build(
             draft = stack.enter_context(_draft(output))
         own = _measured(recipe, streams[0], processes, say)
         other = _measured(twin, streams[1], processes, say) if twin else None
-        chosen = select.choose(recipe, own.columns, (other.recipe, other.columns) if other else None)
+        sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
+        chosen = select.choose(*sides)
         built = _described(own, other, chosen)
         if output is None or draft is None:
             return built
@@ -185,6 +189,21 @@ def _measured(
                 fix="fetch the data that were meant, or write the new sha256 into the recipe",
             )
     return Side(recipe, tuple(streams), states, tuple(readers), columns)
+
+
+def _alike(side: Side, processes: int | None, pairs: "NDArray[Any]") -> "NDArray[Any]":
+    """Which pairs of rows are near-duplicates, by their texts, which are read once more."""
+    import numpy as np
+
+    known: dict[int, Any] = {}
+    begins = 0
+    for reader, stream, sizes in zip(side.readers, side.streams, side.columns.sizes, strict=True):
+        parts = wanted_rows(stream, sizes, begins, np.unique(pairs))
+        for rows, runs in in_order(partial(shingles_of, reader), parts, processes):
+            known |= zip(rows, runs, strict=True)
+        begins += sum(sizes)
+    alike = [similarity(known[one], known[other]) >= THRESHOLD for one, other in pairs.tolist()]
+    return np.array(alike, bool)
 
 
 class _Reading:

@@ -96,7 +96,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "length of a word", "has longer words", "has shorter words", lambda text: text.rate(sum(map(len, text.words)))
     ),
-    _count("sentences", lambda text: len(re.findall(r"[.!?…]+(?=\s|$)", text.raw))),
+    _count("sentences", lambda text: len(re.findall(r"(?<![.!?…])[.!?…]++(?=\s|$)", text.raw))),
     _count("line breaks", lambda text: len(re.findall(r"\r\n|\r|\n", text.raw.strip()))),
     _mark("begins with a line break", "begins with a line break", lambda text: text.raw[:1] in ("\n", "\r")),
     _mark("ends with white space", "ends with white space", lambda text: text.raw[-1:].isspace()),

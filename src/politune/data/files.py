@@ -38,6 +38,7 @@ shrinks by a factor of 3 to 20."""
 ROWS_AT_ONCE = 256
 """Of a parquet file; fewer where they could unpack to more than the budget."""
 ROWS_OF_A_PART = 4096
+"""Of what is not cut by bytes alone: a part has no more rows than these, and ends where its text has `PART_BYTES`."""
 
 
 @dataclass(frozen=True)
@@ -455,7 +456,7 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
             yield line
         ended = True
 
-    start = 1
+    start, size = 1, 0
     with _wide_csv_fields():
         reader = csv.reader(text_lines())
         try:
@@ -467,10 +468,11 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
                 elif cells:
                     rows.append(_csv_row(header, cells, f"{where}:{start}"))
                     lines.append(start)
+                    size += sum(map(len, cells))
                 start = reader.line_num + 1
-                if len(rows) == ROWS_OF_A_PART:
+                if len(rows) == ROWS_OF_A_PART or size >= PART_BYTES:
                     yield RowsPart(name, Read(tuple(header), rows, tuple(lines)))
-                    rows, lines = [], []
+                    rows, lines, size = [], [], 0
         except csv.Error:
             why = f"or its cell is longer than {RECORD_BYTES // 2**20} MiB"
             raise DataError(
@@ -548,7 +550,7 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
 
     budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * size_bytes))
     rows: list[dict[str, object]] = []
-    first = 0
+    first = before = 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
@@ -560,9 +562,9 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
             at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
             for batch in file.iter_batches(batch_size=at_once, columns=known):
                 rows += [budget.spend(row) for row in batch.to_pylist()]
-                if len(rows) >= ROWS_OF_A_PART:
+                if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
                     yield RowsPart(name, Read(columns, rows), first)
-                    rows, first = [], first + len(rows)
+                    rows, first, before = [], first + len(rows), budget.used_bytes
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
     yield RowsPart(name, Read(columns, rows), first)

@@ -252,7 +252,7 @@ class DataAudit:
             ("prompts seen before", self.repeated_prompts),
             (f"near-duplicate pairs (Jaccard {THRESHOLD} or more, by three words)", near),
             ("rows in such pairs", self.similar.rows),
-            ("of the pairs, under different prompts", self.similar.across_prompts),
+            ("of them, alike to one with another prompt", self.similar.across_prompts),
         )
         both_ways = (("contradicted by another row", self.contradictions),) if self.method == "dpo" else ()
         return Facts("Repetition", (*items, *both_ways))

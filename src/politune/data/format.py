@@ -191,8 +191,8 @@ def _pair_reader(table: Table) -> tuple[tuple[str, ...], Callable[["_Row"], tupl
     return shape, {STANCE: _read_stance_pair, ("chosen", "rejected"): _read_conversations}.get(shape, _read_pair)
 
 
-def parse_chats(table: Table, direction: str | None, seed: int) -> list[ChatRow]:
-    """Every row of the table as a chat row, empty ones included. Raises DataError as `to_chat_rows`."""
+def parse_chats(table: Table, direction: str | None, seed: int, swaps: Sequence[bool] | None = None) -> list[ChatRow]:
+    """Every row of the table as a chat row, empty ones included; as `parse_preferences`. Raises DataError as `to_chat_rows`."""
     shape = _require_shape(table, CHAT_SHAPES, "conversations", "politune train sft", PREFERENCE_SHAPES[:-1])
     _require_direction(table, shape, direction)
     if shape != STANCE and direction == "shuffled":
@@ -200,7 +200,7 @@ def parse_chats(table: Table, direction: str | None, seed: int) -> list[ChatRow]
             f"{safe(table.name)} has one answer per prompt, so there are no sides to shuffle", where="data.direction"
         )
     _refuse_mixed_kinds(table, shape)
-    swaps = _swaps(len(table.rows), shape, direction, seed)
+    swaps = _swaps(len(table.rows), shape, direction, seed) if swaps is None else swaps
     return [_read_chat(_Row(table, index), shape, swap) for index, swap in enumerate(swaps)]
 
 
@@ -724,10 +724,10 @@ def draw_sides(count: int, seed: int) -> list[bool]:
     return swaps
 
 
-def kinds_of(table: Table) -> tuple[str, ...]:
-    """What the text columns of the first row hold: text, a list, ..."""
-    shape = _shape(table.columns, (*PREFERENCE_SHAPES, *CHAT_SHAPES)) or ()
-    return tuple(_kind(table.rows[0].get(column)) for column in shape)
+def kinds_of(table: Table, method: Method) -> tuple[tuple[str, str], ...]:
+    """The columns that a method reads, and what they hold in the first row: text, a list, ..."""
+    shape = _shape(table.columns, PREFERENCE_SHAPES if method == "dpo" else CHAT_SHAPES) or ()
+    return tuple((column, _kind(table.rows[0].get(column))) for column in shape)
 
 
 def _refuse_mixed_kinds(table: Table, shape: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ run by run, so that no pair is named that is below the threshold.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from politune.data.words import mixed, runs, word_hashes
 
@@ -23,7 +23,9 @@ BANDS, BINS_OF_A_BAND = 8, 4
 BINS = BANDS * BINS_OF_A_BAND
 BIN_SHIFT = 59
 """The upper five of 64 bits say which bin."""
-MOST_CANDIDATES = 500_000
+PARTNERS = 20
+"""Rows of a group that each is compared with."""
+MOST_CANDIDATES = 100_000
 
 
 def sketch(texts: Sequence[str]) -> "NDArray[np.uint32]":
@@ -64,27 +66,34 @@ def _smallest(hashes: "NDArray[np.uint64]", of: "NDArray[np.int64]", count: int)
 def candidates(bands: "NDArray[np.uint32]", rows: "NDArray[np.int64]") -> tuple["NDArray[np.int64]", bool]:
     """Pairs of rows that may be similar, [pairs, 2], the smaller number first, sorted; and whether that is all of them.
 
+    Of the rows that agree in a band each is paired with the next `PARTNERS`. Larger groups, of rows made by a template for
+    instance, are not paired throughout: then there may be more.
+
     Args:
         bands: what `sketch` gave, [all rows, `BANDS`].
-        rows: which ones are compared: of exact copies the first alone, and none without words.
+        rows: which ones are compared, in an order that says who the next ones are.
     """
     import numpy as np
 
-    found: list[NDArray[Any]] = []
+    found, is_all = [np.empty(0, np.int64)], True
     for band in range(BANDS):
-        keys = bands[rows, band]
-        order = np.argsort(keys, kind="stable")
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = keys[order][1:] != keys[order][:-1]
-        heads = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
-        others = np.flatnonzero(~is_first)
-        # Each with the first of its group and with the one before it: the first may be there by chance.
-        found += [np.stack([rows[order[each]], rows[order[others]]], 1) for each in (heads[others], others - 1)]
-    pairs = np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
-    if len(pairs) <= MOST_CANDIDATES:
-        return pairs, True
-    chosen = np.argsort(mixed((pairs[:, 0] * len(bands) + pairs[:, 1]).astype(np.uint64)), kind="stable")
-    return pairs[np.sort(chosen[:MOST_CANDIDATES])], False
+        order = np.argsort(bands[rows, band], kind="stable")
+        keys, sorted_rows = bands[rows, band][order], rows[order]
+        for step in range(1, PARTNERS + 1):
+            same = np.flatnonzero(keys[step:] == keys[:-step])
+            if not len(same):
+                break
+            one, other = sorted_rows[same], sorted_rows[same + step]
+            found.append(np.minimum(one, other) * len(bands) + np.maximum(one, other))
+        else:
+            is_all &= not bool((keys[PARTNERS + 1 :] == keys[: -PARTNERS - 1]).any())
+    pairs = np.unique(np.concatenate(found))
+    if len(pairs) > MOST_CANDIDATES:
+        pairs, is_all = (
+            np.sort(pairs[np.argsort(mixed(pairs.astype(np.uint64)), kind="stable")[:MOST_CANDIDATES]]),
+            False,
+        )
+    return np.stack(np.divmod(pairs, len(bands)), 1), is_all
 
 
 def shingles(texts: Sequence[str]) -> list["NDArray[np.uint32]"]:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from politune.data.neighbours import THRESHOLD, candidates, shingles, similarity
-from politune.data.scan import Scan, rows_at, whole_text
+from politune.data.scan import Scan, row_keys, rows_by_part, whole_text
+from politune.data.words import mixed
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-ROWS_AT_ONCE = 2000
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,10 @@ class Similar:
     """Pairs of rows that are alike up to a few words, exact copies aside.
 
     Args:
-        pairs: how many there are.
+        pairs: how many were found.
         rows: in how many rows.
-        across_prompts: how many pairs have different prompts.
-        is_all: whether all candidates were compared; where there are too many, a part of them is, and there are more pairs.
+        across_prompts: of the rows, how many are alike to one with another prompt.
+        is_all: whether all candidates were compared; where a group is large, a part of its pairs is, and there are more.
         example: the most similar pair, as numbers of rows; empty where there is none.
     """
 
@@ -34,53 +33,58 @@ class Similar:
 
 def find_similar(scan: Scan, rows: "NDArray[np.int64]") -> Similar:
     """The near-duplicates among these rows, of which none is another's exact copy."""
+    import numpy as np
+
     found, scores, is_all = similar_pairs(scan, rows)
     if not len(found):
         return Similar(is_all=is_all)
-    import numpy as np
-
     prompts = scan["keys"][:, 0]
-    across = int((prompts[found[:, 0]] != prompts[found[:, 1]]).sum())
+    across = found[prompts[found[:, 0]] != prompts[found[:, 1]]]
     best = found[int(np.argmax(scores))].tolist()
-    return Similar(len(found), len(np.unique(found)), across, is_all, (best[1], best[0]))
+    return Similar(len(found), len(np.unique(found)), len(np.unique(across)), is_all, (best[1], best[0]))
 
 
 def similar_pairs(scan: Scan, rows: "NDArray[np.int64]") -> tuple["NDArray[np.int64]", "NDArray[np.float64]", bool]:
     """(pairs of row numbers, [pairs, 2]; their similarities; whether all candidates were compared)."""
-    maybe, is_all = candidates(scan["bands"], rows[scan["reason"][rows] != 1])
-    return *_verified(maybe, _shingles_at(scan, maybe)), is_all
-
-
-def find_similar_between(one: Scan, other: Scan) -> int:
-    """How many rows of one data set are near-duplicates, or copies, of a row of the other."""
     import numpy as np
 
-    bands = np.concatenate([one["bands"], other["bands"]])
-    sound = np.flatnonzero(np.concatenate([one["reason"], other["reason"]]) != 1)
-    maybe, _ = candidates(bands, sound)
-    maybe = maybe[(maybe[:, 0] < one.rows) & (maybe[:, 1] >= one.rows)]
-    shifted = maybe - np.array([0, one.rows])
-    known = {(0, row): runs for row, runs in _shingles_at(one, shifted[:, :1]).items()}
-    known |= {(1, row): runs for row, runs in _shingles_at(other, shifted[:, 1:]).items()}
-    alike = [similarity(known[0, first], known[1, second]) >= THRESHOLD for first, second in shifted.tolist()]
-    return len(np.unique(shifted[alike, 0]))
+    maybe, is_all = candidates(scan["bands"], rows[scan["reason"][rows] != 1])
+    runs = _shingles_at(scan, maybe)
+    scores = np.array([similarity(runs[first], runs[second]) for first, second in maybe.tolist()])
+    alike = scores >= THRESHOLD
+    return maybe[alike], scores[alike], is_all
+
+
+def find_similar_between(one: Scan, other: Scan) -> tuple[int, bool]:
+    """(rows of one data set that are copies or near-duplicates of a row of the other, whether those are all)."""
+    import numpy as np
+
+    (keys, firsts), (others_keys, others_firsts) = distinct(one), distinct(other)
+    bands = np.concatenate([one["bands"][firsts], other["bands"][others_firsts]])
+    sound = np.flatnonzero(np.concatenate([one["reason"][firsts], other["reason"][others_firsts]]) != 1)
+    # In an order by chance: in a group of both, the next ones are of both.
+    maybe, is_all = candidates(bands, sound[np.argsort(mixed(sound.astype(np.uint64)))])
+    maybe = maybe[(maybe[:, 0] < len(firsts)) & (maybe[:, 1] >= len(firsts))]
+    pairs = np.stack([firsts[maybe[:, 0]], others_firsts[maybe[:, 1] - len(firsts)]], 1)
+    runs, others_runs = _shingles_at(one, pairs[:, :1]), _shingles_at(other, pairs[:, 1:])
+    alike = [similarity(runs[first], others_runs[second]) >= THRESHOLD for first, second in pairs.tolist()]
+    found = np.union1d(keys[pairs[alike, 0]], np.intersect1d(keys[firsts], others_keys[others_firsts]))
+    return int(np.isin(keys, found).sum()), is_all
+
+
+def distinct(scan: Scan) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
+    """(a hash of each row's prompt and answers, in their order; the first row with each of them)."""
+    import numpy as np
+
+    keys = row_keys(*scan["keys"].T)
+    return keys, np.sort(np.unique(keys, return_index=True)[1])
 
 
 def _shingles_at(scan: Scan, pairs: "NDArray[np.int64]") -> dict[int, Any]:
+    """The runs of the rows that stand in pairs; their texts are held a part of the data at a time."""
     import numpy as np
 
-    rows = rows_at(scan, np.unique(pairs).tolist())
-    numbers = sorted(rows)
     found: dict[int, Any] = {}
-    for start in range(0, len(numbers), ROWS_AT_ONCE):
-        some = numbers[start : start + ROWS_AT_ONCE]
-        found |= zip(some, shingles([whole_text(rows[number]) for number in some]), strict=True)
+    for rows in rows_by_part(scan, np.unique(pairs).tolist()):
+        found |= zip(rows, shingles([whole_text(row) for row in rows.values()]), strict=True)
     return found
-
-
-def _verified(pairs: "NDArray[np.int64]", runs: dict[int, Any]) -> tuple["NDArray[np.int64]", "NDArray[np.float64]"]:
-    import numpy as np
-
-    scores = np.array([similarity(runs[first], runs[second]) for first, second in pairs.tolist()])
-    alike = scores >= THRESHOLD if len(scores) else np.zeros(0, bool)
-    return pairs[alike], scores[alike]

@@ -21,6 +21,7 @@ from politune.data.columns import count_words
 from politune.data.files import Part, no_rows
 from politune.data.format import ChatRow, Method, PreferenceRow, Table, prompt_key, split_of
 from politune.data.sources import Membership, Stream, hash_row
+from politune.data.words import mixed
 from politune.data.workers import in_order, no_collection
 from politune.errors import DataError, safe
 
@@ -74,7 +75,7 @@ class Facts:
     others: int = 0
     names: dict[str, None] = field(default_factory=dict)
     splits: Counter[str] = field(default_factory=Counter)
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[tuple[str, str], ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     digest: bytes = b""
     marks: Counter[tuple[int, str]] = field(default_factory=Counter)
@@ -152,7 +153,7 @@ def scan(
         DataError: a row that cannot be read as this method's, a file that is malformed, no row of the split.
     """
     settings = Settings(source.name, method, direction, source.membership, seed, tuple(against))
-    swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" and method == "dpo" else None
+    swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" else None
     whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
     pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     digest, size = hashlib.sha256(), source.size_bytes
@@ -253,15 +254,16 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
     if not table.rows:
         return facts
     rows = _parse(settings, table, swaps)
-    facts.kinds = rows_format.kinds_of(table)
+    facts.kinds = rows_format.kinds_of(table, settings.method)
     facts.digest = b"".join(map(hash_row, table.rows))
     facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic"))
     facts.generators = Counter(_label(row, "generator") for row in table.rows if row.get("generator"))
     _measure_rows(facts, rows, places)
     _hold_against(facts, rows, settings.against)
     keys = facts.columns["keys"]
+    whole = row_keys(*keys.T)
     for number in (keys[:, 0] <= bound).nonzero()[0].tolist():
-        rank = (int(keys[number, 0]), int(keys[number, 1] ^ keys[number, 2]))
+        rank = (int(keys[number, 0]), int(whole[number]))
         facts.sample.append(Sampled(rank, number, rows[number], _label(table.rows[number], "topic")))
     return facts
 
@@ -286,7 +288,7 @@ def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[
 
 def _parse(settings: Settings, table: Table, swaps: Sequence[bool] | None) -> Sequence[AnyRow]:
     if settings.method == "sft":
-        return rows_format.parse_chats(table, settings.direction, settings.seed)
+        return rows_format.parse_chats(table, settings.direction, settings.seed, swaps)
     return rows_format.parse_preferences(table, settings.direction, settings.seed, swaps)
 
 
@@ -353,6 +355,12 @@ def _prompt_text(row: AnyRow) -> str:
     return repr(prompt_key(row))
 
 
+def row_keys(prompts: Any, first: Any, second: Any) -> "NDArray[np.uint64]":
+    """Hashes of rows from those of their prompts and answers, in the order of the answers."""
+    found: NDArray[np.uint64] = mixed(mixed(mixed(prompts) + first) + second)
+    return found
+
+
 def hash_texts(texts: Iterable[str]) -> list[int]:
     """64-bit hashes of texts, equal in all processes: of prompts with the white space around them taken off."""
     blake = hashlib.blake2b
@@ -394,20 +402,24 @@ def rows_at(of: Scan, numbers: Iterable[int]) -> dict[int, AnyRow]:
     Raises:
         DataError: the data set is not the one that was measured any more.
     """
+    return {number: row for rows in rows_by_part(of, numbers) for number, row in rows.items()}
+
+
+def rows_by_part(of: Scan, numbers: Iterable[int]) -> Iterator[dict[int, AnyRow]]:
+    """As `rows_at`, the rows of one part at a time."""
     import numpy as np
 
     wanted = np.unique(np.fromiter(numbers, np.int64))
-    found: dict[int, AnyRow] = {}
     places, firsts = of["place"], np.array(of.parts)
+    drawn = rows_format.draw_sides(of.rows, of.settings.seed) if of.settings.direction == "shuffled" else None
     for number, part in enumerate(of.source.parts()):
         if number + 1 >= len(firsts):
             raise _changed(of)
-        here = wanted[np.searchsorted(wanted, firsts[number]) : np.searchsorted(wanted, firsts[number + 1])]
-        if len(here):
+        here = wanted[np.searchsorted(wanted, firsts[number]) : np.searchsorted(wanted, firsts[number + 1])].tolist()
+        if here:
             table = _picked(part, places[here].tolist(), of)
-            swaps = _sides_at(of, here)
-            found |= zip(here.tolist(), _parse(of.settings, table, swaps), strict=True)
-    return found
+            rows = _parse(of.settings, table, [drawn[row] for row in here] if drawn else None)
+            yield dict(zip(here, rows, strict=True))
 
 
 def _picked(part: Part, places: list[int], of: Scan) -> Table:
@@ -420,10 +432,3 @@ def _picked(part: Part, places: list[int], of: Scan) -> Table:
 
 def _changed(of: Scan) -> DataError:
     return DataError("changed while it was read", where=safe(of.source.name), fix="run the same command again")
-
-
-def _sides_at(of: Scan, numbers: "NDArray[np.int64]") -> list[bool] | None:
-    if of.settings.direction != "shuffled" or of.settings.method != "dpo":
-        return None
-    drawn = rows_format.draw_sides(of.rows, of.settings.seed)
-    return [drawn[number] for number in numbers.tolist()]

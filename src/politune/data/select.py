@@ -14,14 +14,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.config import Recipe
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
+from politune.data.neighbours import candidates
 from politune.errors import DataError, safe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+Alike: TypeAlias = "Callable[[NDArray[Any]], NDArray[Any]]"
+"""Which of some pairs of rows, [pairs, 2], are near-duplicates; a mask."""
+Choice: TypeAlias = tuple[Recipe, Columns, Alike]
 
 PLACEBOS = ("shuffled", "length")
 BIN_EDGES = tuple(sorted({round(2 ** (half / 2)) for half in range(64)}))
@@ -65,10 +70,10 @@ class Chosen:
 class Selection:
     """The rows of one recipe that are left, step by step."""
 
-    def __init__(self, recipe: Recipe, columns: Columns, topic_numbers: dict[str, int]) -> None:
+    def __init__(self, recipe: Recipe, columns: Columns, alike: Alike, topic_numbers: dict[str, int]) -> None:
         import numpy as np
 
-        self.recipe, self.columns = recipe, columns
+        self.recipe, self.columns, self.alike = recipe, columns, alike
         self.steps: list[Step] = []
         self.rows = np.arange(columns.rows)
         # Twins number their topics alike.
@@ -140,17 +145,21 @@ class Selection:
         return places(_numbered(*groups), self.strata, of_stratum)
 
 
-def choose(recipe: Recipe, columns: Columns, twin: tuple[Recipe, Columns] | None = None) -> Chosen:
+def choose(own_side: Choice, twin: Choice | None = None) -> Chosen:
     """The rows to be written, by the recipe's steps: filter, match, balance, mixture, match, sides, dose.
 
     Strata are matched first, so that what follows takes equally many of each in both twins, and once more, for those whose
     further settings differ.
 
+    Args:
+        own_side: the recipe, the figures of its rows, and what tells which of two rows are nearly the same.
+        twin: of the recipe that it is matched with.
+
     Raises:
         DataError: no row is left, or fewer than the dose asks for.
     """
-    both = [(recipe, columns), *([twin] if twin else [])]
-    numbers = {name: number for number, name in enumerate(sorted({name for _, own in both for name in own.names}))}
+    recipe, both = own_side[0], [own_side, *([twin] if twin else [])]
+    numbers = {name: number for number, name in enumerate(sorted({name for _, own, _ in both for name in own.names}))}
     selections = [Selection(*each, numbers) for each in both]
     own = selections[0]
     for each in selections:
@@ -294,6 +303,31 @@ def _filter(each: Selection) -> None:
         hashes = columns.hashes[each.rows]
         mask = ~_are_in(_ordered(hashes, 1, 2), _ordered(hashes, 2, 1))
         each.keep(mask, "contradictions", "stands against the same pair the other way round")
+    if recipe.filter.near_duplicates:
+        each.keep(_one_of_each_group(each), "near-duplicates", "is nearly a row that is kept")
+
+
+def _one_of_each_group(each: Selection) -> "NDArray[Any]":
+    """Of rows that are nearly the same, directly or through others, the one with the lowest rank; a mask of the rows left."""
+    import numpy as np
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ranked = each.rows[np.argsort(each.ranks[each.rows], kind="stable")]
+    pairs, is_all = candidates(each.columns.bands, ranked)
+    if not is_all:
+        raise DataError(
+            "too many rows are nearly the same to compare them all",
+            where="filter.near_duplicates",
+            why="they seem to be made by a template",
+            fix="leave near_duplicates out, or drop such rows by a rule",
+        )
+    pairs = pairs[each.alike(pairs)]
+    size = each.columns.rows
+    graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+    groups = connected_components(graph, directed=False)[1]
+    kept = ranked[np.unique(groups[ranked], return_index=True)[1]]
+    return np.isin(each.rows, kept)
 
 
 def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":

@@ -9,9 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import connection
 from typing import TypeVar
+
+from politune.errors import MachineError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,11 +51,19 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
     waiting: deque[Future[R]] = deque()
     try:
         for part in chain(first, parts):
-            waiting.append(pool.submit(work, part))
+            with _interrupts_blocked():  # a process that is started now inherits that, until it has its own say
+                waiting.append(pool.submit(work, part))
             if len(waiting) >= processes + AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise MachineError(
+            "a process that read a part of the data was killed",
+            line="memory",
+            why="as a rule by the system, for lack of memory",
+            fix="close other programs",
+        ) from None
     finally:
         for future in waiting:
             future.cancel()
@@ -69,6 +80,15 @@ def no_collection() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _follow_the_first() -> None:
