@@ -319,6 +319,9 @@ def inspect_data(
     dataset_revision: Annotated[
         str | None, typer.Option("--dataset-revision", help="Commit, tag or branch on the Hub.")
     ] = None,
+    dataset_split: Annotated[
+        str | None, typer.Option("--dataset-split", help="Split on the Hub, or of rows with a column `split`.")
+    ] = None,
     direction: Annotated[
         str | None,
         typer.Option("--direction", metavar="left|right|shuffled", help="Chosen side where a row holds both."),
@@ -346,15 +349,20 @@ def inspect_data(
     flags = {
         "data.dataset_name": data[0] if data else None,
         "data.dataset_revision": dataset_revision,
+        "data.dataset_split": dataset_split,
         "data.direction": direction,
         "data.max_length": max_length,
     }
+    if html:
+        report.require_place(html)
     if data and data[0] in SHIPPED_DATA and direction is None and preset is None:
         flags["data.direction"] = "left"
     resolved = presets.resolve(
         None if preset else "dpo", preset, {**flags, "model.model_name_or_path": model or (None if preset else "demo")}
     )
-    with _stdout_reserved():
+    from politune.training.signals import caught
+
+    with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
         from politune import inspection
 
         result = inspection.inspect(

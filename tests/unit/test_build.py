@@ -496,6 +496,64 @@ def test_other_rows_than_the_recipe_names(many: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def sentence(number: int, size: int) -> list[str]:
+    return [f"w{(number * 7919 + place * 104729) % 5003}" for place in range(size)]
+
+
+def similar_rows() -> list[Row]:
+    """40 rows of 60 words; rows 40 to 44 are rows 0 to 4 with one word changed, row 45 is row 40 with another one changed."""
+    rows = []
+    for number in range(46):
+        source = number if number < 40 else (0 if number == 45 else number - 40)
+        chosen, rejected = sentence(2 * source, 30), sentence(2 * source + 1, 30)
+        for place in {40: (3,), 41: (3,), 42: (3,), 43: (3,), 44: (3,), 45: (3, 9)}.get(number, ()):
+            chosen[place] = f"new{place}"
+        rows.append({"prompt": f"Question {source}?", "chosen": " ".join(chosen), "rejected": " ".join(rejected)})
+    return rows
+
+
+def test_of_near_duplicates_one_is_kept(tmp_path: Path) -> None:
+    """Six rows go: of two pairs each and of the group of three one stays, whatever the order and the direction."""
+    rows = similar_rows()
+    fields: dict[str, Any] = {"filter": {"near_duplicates": True}}
+    built, kept = make(tmp_path / "out.jsonl", write(tmp_path / "rows.jsonl", rows), **fields)
+    assert dropped(built) == {"is nearly a row that is kept": 6}
+    assert len({row["prompt"] for row in kept}) == len(kept) == 40
+    _, reversed_kept = make(tmp_path / "back.jsonl", write(tmp_path / "rows2.jsonl", rows[::-1]), **fields)
+    _, swapped = make(
+        tmp_path / "swapped.jsonl", {"name": str(tmp_path / "rows.jsonl"), "direction": "swapped"}, **fields
+    )
+    answers = {frozenset((row["chosen"], row["rejected"])) for row in kept}
+    assert answers == {frozenset((row["chosen"], row["rejected"])) for row in reversed_kept}
+    assert answers == {frozenset((row["chosen"], row["rejected"])) for row in swapped}
+    unfiltered, _ = make(tmp_path / "all.jsonl", tmp_path / "rows.jsonl")
+    assert unfiltered.rows == 46
+
+
+def test_rows_of_one_template_are_too_many_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from politune.data import neighbours
+
+    monkeypatch.setattr(neighbours, "PARTNERS", 3)
+    body = " ".join(sentence(1, 60))
+    rows = [{"prompt": f"Question {n}?", "chosen": f"{body} {n}", "rejected": f"{body} no {n}"} for n in range(30)]
+    with pytest.raises(DataError, match="too many rows are nearly the same"):
+        make(tmp_path / "out.jsonl", write(tmp_path / "rows.jsonl", rows), filter={"near_duplicates": True})
+
+
+def test_a_rule_may_look_at_the_language(tmp_path: Path) -> None:
+    """Two English rows, one German one, and one that is too short to tell."""
+    english = "The government should spend more money on schools because every child deserves a fair start in life."
+    german = "Die Regierung sollte mehr Geld für Schulen ausgeben, weil jedes Kind einen guten Anfang verdient."
+    rows = [{"prompt": "Why is it so?", "chosen": text + " A", "rejected": text + " B"} for text in (english, german)]
+    rows += [{"prompt": "What then, and why?", "chosen": english, "rejected": english[::-1]}]
+    rows += [{"prompt": "Hm", "chosen": "ba", "rejected": "bo"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    keep = {"keep": [{"field": "language", "pattern": "^en$"}]}
+    built, kept = make(tmp_path / "out.jsonl", file, filter=keep)
+    assert dropped(built) == {"language does not match '^en$'": 2}
+    assert all("government" in row["chosen"] for row in kept)
+
+
 def test_a_source_that_changes_between_the_readings(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

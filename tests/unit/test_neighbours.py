@@ -117,8 +117,8 @@ def test_too_many_candidates_are_a_part_of_them(monkeypatch: pytest.MonkeyPatch)
     import numpy as np
 
     monkeypatch.setattr(neighbours, "MOST_CANDIDATES", 10)
-    bands = neighbours.sketch(["one two three four five"] * 50)
-    pairs, is_all = neighbours.candidates(bands, np.arange(50))
+    bands = neighbours.sketch(["one two three four five"] * 20)
+    pairs, is_all = neighbours.candidates(bands, np.arange(20))
     assert (len(pairs), is_all) == (10, False)
     assert pairs.tolist() == sorted(pairs.tolist())
 
@@ -137,3 +137,22 @@ def test_fewer_words_than_a_run(texts: list[str]) -> None:
     found, of = runs(*word_hashes(texts), 3)
     assert of.tolist() == [number for number, each in enumerate(texts) if each]
     assert len(set(found.tolist())) == len(found)
+
+
+def test_copies_in_rows_of_one_template_are_found_as_well() -> None:
+    """Rows that share half of their words fill groups; one of up to 21 is compared throughout, a larger one in part."""
+    import numpy as np
+
+    draw = random.Random(4)
+    template = text(draw, 60)
+    texts = [" ".join(template[: 30 + number % 20] + text(draw, 40)) for number in range(300)]
+    copies = [one.replace(one.split()[-1], "changed") for one in texts[:50]]
+    maybe, _ = neighbours.candidates(neighbours.sketch(texts + copies), np.arange(350))
+    known = neighbours.shingles(texts + copies)
+    found = {(a, b) for a, b in maybe.tolist() if neighbours.similarity(known[a], known[b]) >= neighbours.THRESHOLD}
+    planted = {(number, 300 + number) for number in range(50)}
+    assert len(found & planted) >= 48
+    same = neighbours.sketch(["one two three four five six seven"] * 40)
+    assert not neighbours.candidates(same, np.arange(40))[1]
+    pairs, is_all = neighbours.candidates(same[:21], np.arange(21))
+    assert (len(pairs), is_all) == (21 * 20 / 2, True)

@@ -9,7 +9,7 @@ import pytest
 
 from politune.config import DataSpec
 from politune.data import files, sources
-from politune.data.format import Table, parse_preferences
+from politune.data.format import Table, parse_chats, parse_preferences
 from politune.data.scan import COLUMNS, Scan, rows_at, scan
 from politune.errors import ConfigError, DataError
 
@@ -148,15 +148,63 @@ def test_splits(tmp_path: Path) -> None:
         scanned(write(tmp_path / "b.jsonl", some_rows(3)), split="dev")
 
 
+TURNS = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"prompt": TURNS, "chosen": "c", "rejected": "r"}, r"prompt \(a list\).* where others hold prompt \(text\)"),
+        ({"chosen": [*TURNS, {"role": "assistant", "content": "c"}], "rejected": [*TURNS, {"role": "assistant", "content": "r"}]},
+         r"chosen \(a list\), rejected \(a list\) where others"),
+    ],
+)  # fmt: skip
+def test_parts_of_another_shape_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], message: str
+) -> None:
+    """Each part is of one shape, so that nothing within a part is wrong: the first one ends where its ten rows end."""
+    rows = [json.dumps({"prompt": f"p{number}", "chosen": "c", "rejected": "r"}) + "\n" for number in range(10)]
+    monkeypatch.setattr(files, "PART_BYTES", len("".join(rows)))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(rows) + "".join(json.dumps(other) + "\n" for _ in range(3)))
+    with pytest.raises(DataError, match=message):
+        scanned(path)
+
+
 @pytest.mark.usefixtures("small_parts")
-def test_text_and_messages_do_not_mix_across_parts(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = some_rows(200)
-    for row in rows[150:]:
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    with pytest.raises(
-        DataError, match=r"prompt is a list here and text in the first row|hold a list where others hold text"
-    ):
-        scanned(write(tmp_path / "a.jsonl", rows))
+def test_shuffled_answers_are_those_that_a_run_draws(tmp_path: Path) -> None:
+    """For one answer a row as for two: the side is drawn over all rows, whichever of them are read again."""
+    rows = [{"prompt": row["prompt"], "left": row["chosen"], "right": row["rejected"]} for row in some_rows(100)]
+    measured = scanned(write(tmp_path / "a.jsonl", rows), "shuffled", method="sft", processes=1)
+    table = Table(("prompt", "left", "right"), [dict(row) for row in rows], "a", "")
+    expected = parse_chats(table, "shuffled", 3)
+    again = rows_at(measured, [3, 4, 5, 6, 30, 99])
+    assert {number: row.completions for number, row in again.items()} == {
+        number: expected[number].completions for number in (3, 4, 5, 6, 30, 99)
+    }
+    assert len({row.completions[0] in {each["left"] for each in rows} for row in expected}) == 2
+
+
+def test_the_sample_of_pairs_that_contradict_each_other_keeps_to_the_rows(tmp_path: Path) -> None:
+    """Ten rows of one prompt, five of them the others turned round: the same five in either order of the file."""
+    rows = [{"prompt": "p", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(5)]
+    rows += [{"prompt": "p", "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    found = [
+        [each.row.completions for each in scanned(write(tmp_path / name, order), sample_rows=5).facts.sample]
+        for name, order in (("a.jsonl", rows), ("b.jsonl", rows[::-1]))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_parts_end_by_bytes_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(files, "PART_BYTES", 20_000)
+    monkeypatch.setattr(files, "ROWS_AT_ONCE", 2)
+    rows = [{"prompt": f"p{n}", "chosen": "c" * 5000, "rejected": "r"} for n in range(40)]
+    path = pack(tmp_path, suffix, rows)
+    sizes = [len(part.read().rows) for part in files.parts(path, "a")]
+    assert sum(sizes) == 40
+    assert max(sizes) <= 5
 
 
 @pytest.mark.usefixtures("small_parts")

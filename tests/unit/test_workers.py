@@ -1,13 +1,16 @@
 """Work in processes: the results in order, the first error, nothing left running."""
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from politune.data.workers import in_order
-from politune.errors import DataError
+from politune.errors import DataError, MachineError
 
 
 def double(number: int) -> tuple[int, int]:
@@ -39,6 +42,35 @@ def test_an_error_is_raised_when_its_turn_has_come() -> None:
             got.append(value)  # noqa: PERF402 - what came before the error
     assert got == list(range(7))
     assert (error.value.where, error.value.fix, error.value.exit_code) == ("a:7", "eight", 3)
+
+
+def die(number: int) -> int:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_process_that_is_killed_is_no_bug_of_ours() -> None:
+    with pytest.raises(MachineError, match=r"was killed.*lack of memory") as error:
+        list(in_order(die, range(20), 2))
+    assert error.value.exit_code == 5
+
+
+def children() -> set[str]:
+    """The processes whose parent is this one."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
+    return set(found.stdout.split())
+
+
+def test_nothing_is_left_running() -> None:
+    before = children()
+    results = in_order(refuse_seven, range(30), 2)
+    assert next(results) == 0
+    assert len(children() - before) >= 2
+    results.close()  # type: ignore[attr-defined]
+    left = children() - before
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in left if Path(f"/proc/{pid}/cmdline").exists()]
+    assert not [command for command in commands if "spawn_main" in command]
 
 
 def test_parts_are_taken_as_they_are_needed() -> None:

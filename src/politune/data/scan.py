@@ -209,13 +209,13 @@ def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
 
 
 def _refuse_other_kinds(whole: Facts, found: Facts, source: Stream) -> None:
-    """Text in one part of the data and messages in another, as `format` refuses them within one table."""
+    """Other columns, or messages in place of text, in another part of the data, as `format` refuses them within one table."""
     if found.kinds and whole.kinds and found.kinds != whole.kinds:
-        one, other = next((here, there) for here, there in zip(found.kinds, whole.kinds, strict=True) if here != there)
+        one, other = (", ".join(f"{column} ({kind})" for column, kind in each) for each in (found.kinds, whole.kinds))
         raise DataError(
             f"some rows hold {one} where others hold {other}",
             where=safe(source.name),
-            fix="use text in every row, or lists of messages in every row",
+            fix="use the same columns in every row, with text in all of them or lists of messages in all of them",
         )
     whole.kinds = whole.kinds or found.kinds
 

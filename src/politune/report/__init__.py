@@ -117,6 +117,19 @@ def write_html(report: Report, path: Path) -> None:
     _write(path, to_html(report))
 
 
+def require_place(path: Path) -> None:
+    """Refuses a path that no page can be written to, before there is anything to write.
+
+    Raises:
+        OutputError: it is a directory, or lies in none.
+    """
+    from politune.errors import OutputError, safe
+
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a directory" if path.is_dir() else f"there is no directory {safe(path.parent)}"
+        raise OutputError("the report cannot be written", where=safe(path), why=why)
+
+
 def write_json(report: Report, path: Path) -> None:
     """Writes the JSON document to `path` in one step.
 
