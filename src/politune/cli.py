@@ -367,7 +367,7 @@ def inspect_data(
 
         result = inspection.inspect(
             resolved.run,
-            data or [resolved.run.data.dataset_name],
+            data or (),
             against=against or (),
             sample_rows=sample,
             tokenizer_asked_for=model is not None,

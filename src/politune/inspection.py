@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from politune.config import SHIPPED_DATA, DataSpec, Run
-from politune.data import arms, audit, leaks, scan, sources
+from politune.data import arms, audit, build, leaks, scan, sources
 from politune.data import format as rows_format
 from politune.data.files import Part, no_rows
 from politune.data.findings import QUESTIONS, DataAudit, Finding
@@ -97,7 +97,7 @@ def inspect(
     without a direction as `left`; `say` is told of both.
 
     Args:
-        names: of the data sets, as `data.dataset_name` takes them.
+        names: of the data sets, as `data.dataset_name` takes them; without any the run's own, made by its recipe where it has one.
         against: data files or instruments that the rows must share nothing with.
         sample_rows: how many rows are looked at as texts.
         tokenizer_asked_for: fetch the tokenizer, and fail where it cannot be had; otherwise take it only from this machine.
@@ -111,7 +111,7 @@ def inspect(
     audits: list[DataAudit] = []
     with tempfile.TemporaryDirectory(prefix="politune-against-") as place:
         indexes = [_index(name, number, Path(place), offline) for number, name in enumerate(against)]
-        for name in names:
+        for name in names or [_own_data(run, offline)]:
             spec, source, method = _opened(run, name, offline, say)
             told = Phase(f"reading {safe(source.name, 60)}", "rows", say)
             seed, paths = run.train.seed, [path for path, _ in indexes]
@@ -124,10 +124,16 @@ def inspect(
     return InspectReport(tuple(audits), arms.compare(scans, audits) if len(audits) > 1 else None)
 
 
+def _own_data(run: Run, offline: bool) -> str:
+    if run.data.recipe is None:
+        return run.data.dataset_name
+    return str(build.cached(run.data.recipe, offline=offline)[0])
+
+
 def _opened(
     run: Run, name: str, offline: bool, say: Callable[[str], None]
 ) -> tuple[DataSpec, sources.Stream, rows_format.Method]:
-    spec = run.data.model_copy(update={"dataset_name": name})
+    spec = run.data.model_copy(update={"dataset_name": name, "recipe": None})
     if name in SHIPPED_DATA and spec.direction is None:
         spec = spec.model_copy(update={"direction": "left"})
     source = sources.stream(spec, offline=offline)

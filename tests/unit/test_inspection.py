@@ -52,3 +52,16 @@ def test_stances_without_a_direction_are_shown_as_left(tmp_path: Path, method: s
     assert said == ["a.json holds a left and a right text per row: showing direction left (--direction chooses)"]
     report, said = look(tmp_path / "a.json", row, method=method, **{"data.direction": "right"})
     assert (report.example[3], said) == ("on the right", [])
+
+
+def test_the_data_of_a_recipe_are_shown_as_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"p{number}", "chosen": "c c" if number else "", "rejected": "r"} for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "data.recipe": {"source": [{"name": str(tmp_path / "a.jsonl")}]},
+        "model.model_name_or_path": "./nowhere",
+    }
+    run = presets.resolve("dpo", None, settings).run
+    (report,) = inspection.inspect(run, [], offline=True, say=lambda line: None).datasets
+    assert (report.rows, report.columns) == (29, ("prompt", "chosen", "rejected", "id", "topic", "source"))
