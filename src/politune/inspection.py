@@ -97,7 +97,7 @@ def inspect(
     without a direction as `left`; `say` is told of both.
 
     Args:
-        names: of the data sets, as `data.dataset_name` takes them; without any the run's own, made by its recipe where it has one.
+        names: of the data sets, as `data.dataset_name` takes them; without any the run's own, by its recipe where it has one.
         against: data files or instruments that the rows must share nothing with.
         sample_rows: how many rows are looked at as texts.
         tokenizer_asked_for: fetch the tokenizer, and fail where it cannot be had; otherwise take it only from this machine.
