@@ -204,6 +204,8 @@ def main() -> None:
         f"{files[-1].stat().st_size / 1e9:.2f} GB of JSON Lines.\n",
     ]
 
+    load = os.getloadavg()[0]
+
     def say(text: str) -> None:
         lines.append(text)
         print(text, end="", flush=True)
@@ -213,6 +215,7 @@ def main() -> None:
     speeds(folder, files[-1], say)
     balance(folder, files[-1], say)
     identity(folder, files[-1], options.kills, say)
+    say(f"\nLoad of the machine before: {load:.1f}. Above 1, the seconds on the clock are other programs', too.\n")
     PAGE.write_text("".join(lines), encoding="utf-8")
 
 
