@@ -1,8 +1,9 @@
 """What a data set shares with texts that it must not have: prompts word for word, and passages of eight words.
 
-A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well) as `words` has
-them: punctuation and case make no difference, and in scripts without spaces a passage is eight characters. Of large texts to be held against, only those passages are remembered whose hashes are smallest
-(a fixed share, `Index.share`): a text that was copied as a whole is still found, a single passage with that probability.
+A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well), which are those
+of `words`: punctuation and case make no difference, and in scripts without spaces it is eight characters. Of large texts to be
+held against, only those passages are remembered whose hashes are smallest (a fixed share, `Index.share`): a text that was copied
+as a whole is still found, a single passage with that probability.
 """
 
 from collections.abc import Iterable, Sequence
