@@ -1,9 +1,9 @@
 """What a data set shares with texts that it must not have: prompts word for word, and passages of eight words.
 
-A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well), which are those
-of `words`: punctuation and case make no difference, and in scripts without spaces it is eight characters. Of large texts to be
-held against, only those passages are remembered whose hashes are smallest (a fixed share, `Index.share`): a text that was copied
-as a whole is still found, a single passage with that probability.
+A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well), as they are
+told apart by `words`: punctuation and case make no difference, and in scripts without spaces it is eight characters. Of large
+texts to be held against, only those passages are remembered whose hashes are smallest (a fixed share, `Index.share`): a text that
+was copied as a whole is still found, a single passage with that probability.
 """
 
 from collections.abc import Iterable, Sequence
@@ -113,7 +113,15 @@ def shared(index: Index, table: "NDArray[np.bool_]", texts: Sequence[str]) -> "N
     maybe = table[(found >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]
     found, of = found[maybe], of[maybe]
     is_shared = np.zeros(len(texts), bool)
-    if len(index.passages):
-        places = np.minimum(np.searchsorted(index.passages, found), len(index.passages) - 1)
-        is_shared[of[index.passages[places] == found]] = True
+    is_shared[of[stand_in(index.passages, found)]] = True
     return is_shared
+
+
+def stand_in(known: "NDArray[np.uint64]", hashes: "NDArray[np.uint64]") -> "NDArray[np.bool_]":
+    """Which hashes are among known ones, which are sorted: `numpy.isin` would sort them once more for each part."""
+    import numpy as np
+
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
+    return found

@@ -359,7 +359,7 @@ def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path])
     last = np.array(hash_texts(map(last_turn, rows)), np.uint64)
     for path in against:
         index, table = leaks.load(path)
-        by_prompt = np.isin(keys, index.prompts) | np.isin(last, index.prompts)
+        by_prompt = leaks.stand_in(index.prompts, keys) | leaks.stand_in(index.prompts, last)
         by_passage = leaks.shared(index, table, wholes)
         for how, found in (("prompt", by_prompt), ("passage", by_passage), ("row", by_prompt | by_passage)):
             facts.leaks[index.name, how] = int(found.sum())
