@@ -218,5 +218,5 @@ def _strings(value: object) -> Iterator[str]:
             yield each
         elif isinstance(each, dict):
             left += each.values()
-        elif isinstance(each, list):
+        elif isinstance(each, list | tuple):  # tuples are a parquet file's maps
             left += each

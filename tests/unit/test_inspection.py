@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from politune import inspection, presets
+from politune.data import files
 from politune.data.findings import DataAudit, Leak
 from politune.errors import DataError
 
@@ -182,6 +183,18 @@ def test_typography_hides_no_passage(tmp_path: Path, written: str, known: str) -
     assert leak(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", [{"text": known}])).passages == 1
 
 
+def test_texts_of_a_parquet_file_are_found_within_lists_and_objects(tmp_path: Path) -> None:
+    """Pictures beside them are not read."""
+    nested = [
+        {"turns": [{"from": "human", "value": row["prompt"]}], "picture": {"bytes": b"x", "path": "a.png"}}
+        for row in of_shape("pairs")
+    ]
+    path = write(tmp_path / "b.parquet", nested)
+    assert leak(write(tmp_path / "a.jsonl", of_shape("pairs")), path).prompts == 10
+    (part,) = files.parts(path, "b", all_texts=True)
+    assert list(part.read().rows[0]) == ["turns"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -189,10 +202,14 @@ def test_typography_hides_no_passage(tmp_path: Path, written: str, known: str) -
         ("numbers.jsonl", '{"year": 2020}\n'),
         ("blank.jsonl", '{"text": " "}\n'),
         ("a.csv", "text\n"),
+        ("numbers.parquet", ""),
     ],
 )
 def test_what_holds_no_text_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
+    if text:
+        (tmp_path / name).write_text(text)
+    else:
+        write(tmp_path / name, [{"year": 2020}])
     with pytest.raises(DataError, match=f"{name}: holds no text to share"):
         audited(write(tmp_path / "rows.jsonl", of_shape("pairs")), tmp_path / name)
 

@@ -543,8 +543,9 @@ def _arrow() -> Any:
 
 
 def holds_text(kind: object) -> bool:
-    """Whether a column of this type, of pyarrow or of datasets, holds text, within lists and objects as well."""
-    return "string" in str(kind)
+    """Whether a column of this type, of pyarrow or of datasets, holds text, within lists and objects as well; pictures, with the
+    names of their files, do not."""
+    return "string" in str(kind) and "binary" not in str(kind)
 
 
 def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
