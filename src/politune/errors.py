@@ -121,7 +121,7 @@ def safe(text: object, limit: int | None = MAX_FOREIGN_CHARACTERS) -> str:
     string = without_secrets(str(text))
     if limit is not None and len(string) > limit:
         string = string[: limit - 1] + "…"
-    return "".join(visible(character) if _hidden(character) else character for character in string)
+    return "".join(visible(character) if is_hidden(character) else character for character in string)
 
 
 def without_secrets(text: str) -> str:
@@ -148,5 +148,6 @@ def visible(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _hidden(character: str) -> bool:
+def is_hidden(character: str) -> bool:
+    """Whether it moves, turns or hides text instead of being seen: controls, formats, line separators, half characters."""
     return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}

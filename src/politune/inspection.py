@@ -12,7 +12,7 @@ from politune.data import format as rows_format
 from politune.data.files import Part, no_rows
 from politune.data.findings import QUESTIONS, DataAudit, Finding
 from politune.data.workers import in_order
-from politune.errors import ConfigError, PolituneError, safe
+from politune.errors import ConfigError, DataError, PolituneError, safe
 from politune.lean import instruments
 from politune.models import load
 from politune.progress import Phase
@@ -181,6 +181,8 @@ def _tokenizer(run: Run, asked_for: bool, offline: bool, say: Callable[[str], No
 def _index(name: str, number: int, place: Path, offline: bool) -> tuple[Path, leaks.Index]:
     """(the file of an index of the named texts, the index)."""
     index = leaks.build(name, _of_instrument(name) if name in instruments.shipped_names() else _of_data(name, offline))
+    if not len(index.prompts) and not len(index.passages):
+        raise DataError("holds no text to share", where=safe(name), fix="name a file whose rows hold texts")
     path = place / f"{number}.npz"
     index.save(path)
     return path, index
@@ -194,27 +196,36 @@ def _of_instrument(name: str) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
 
 def _of_data(name: str, offline: bool) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     """All rows of the data set, of whichever split."""
-    source = sources.stream(DataSpec(dataset_name=name, direction="left"), offline=offline)
-    for found in in_order(_texts_of, source.parts()):
-        yield scan.hash_texts(prompt for prompt, _ in found if prompt), [text for _, texts in found for text in texts]
+    source = sources.stream(DataSpec(dataset_name=name, direction="left"), offline=offline, all_texts=True)
+    for prompts, texts in in_order(_texts_of, source.parts()):
+        yield scan.hash_texts(prompts), texts
 
 
-def _texts_of(part: Part) -> list[tuple[str, list[str]]]:
-    """(the prompt, all texts) of each row, whatever its shape."""
-    return [(_prompt_of(row), list(_strings(row))) for row in part.read().rows]
+def _texts_of(part: Part) -> tuple[list[str], list[str]]:
+    """(the prompts, all texts) of rows: prompts as a scan of such rows has them, and what is asked in their last turns.
 
-
-def _prompt_of(row: dict[str, object]) -> str:
-    found = row.get("prompt") or row.get("instruction") or row.get("question") or ""
-    return found.strip() if isinstance(found, str) else ""
+    Of rows that no method trains, as those of most benchmarks, any text may be a prompt.
+    """
+    read = part.read()
+    table = rows_format.Table(read.columns, read.rows, part.name, "")
+    texts = [text for row in read.rows for text in _strings(row) if text.strip()]
+    methods = rows_format.methods_of(table)
+    rows = [row for method in methods for row in scan.readable(method, table, "left", seed=0)]
+    asked = [scan.last_turn(row) for row in rows]
+    prompts = [text for text in (*map(scan.prompt_text, rows), *asked) if text]
+    if not methods or len(rows) < len(methods) * len(read.rows):
+        prompts += [text.strip() for text in texts]
+    return prompts, [*texts, *asked]  # what is asked may be put together of several columns
 
 
 def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
+    """Every text within a row."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            left += each.values()
+        elif isinstance(each, list | tuple):  # tuples are a parquet file's maps
+            left += each

@@ -1,6 +1,8 @@
 """What an audit counts, and what it finds worth saying. Every expected figure is counted by hand from rows in the test."""
 
 import json
+import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +15,7 @@ from politune.data.files import Read, RowsPart
 from politune.data.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
 from politune.data.scan import HIDDEN, Scan, has_stray_quotes, scan
 from politune.data.shown import EXAMPLE_CHARACTERS
-from politune.errors import DataError
+from politune.errors import DataError, is_hidden
 from politune.inspection import InspectReport
 from politune.report import Bars, Lines
 
@@ -139,9 +141,70 @@ def test_stray_quotation_marks(text: str, stray: bool) -> None:
     assert has_stray_quotes(text) is stray
 
 
-def test_joiners_in_emoji_and_scripts_are_not_hidden_characters() -> None:
-    assert not HIDDEN.search("👩\u200d💻 می\u200cخواهم\t\r\n")
-    assert all(HIDDEN.search(text) for text in ("\x1b[2J", "\x9b", "\u202e", "\u200b", "\ufeff", "\x00"))
+def test_hidden_characters_are_those_that_messages_escape() -> None:
+    """Whatever `errors.safe` makes visible, but for tabs, line ends and the joiners of emoji and of several scripts."""
+    assert HIDDEN.isdisjoint("👩\u200d💻 می\u200cخواهم\t\r\n")
+    assert all(not HIDDEN.isdisjoint(text) for text in ("\x1b[2J", "\x9b", "\u202e", "\u200b", "\ufeff", "\x00"))
+    assert {"\u00ad", "\u061c", "\u2028", "\U000e0041", "\ud800"} <= HIDDEN
+    assert set(filter(is_hidden, map(chr, range(sys.maxunicode + 1)))) == HIDDEN | set("\t\r\n\u200c\u200d")
+
+
+@pytest.mark.parametrize("hidden", ["\u202e", "\u00ad", "\U000e0041", "\u061c", "\x1b", "\u2028"])
+@pytest.mark.parametrize("turn", ["system", "user"])
+def test_hidden_characters_in_prompts_are_found(hidden: str, turn: str) -> None:
+    """In the turn that is answered and in those before it."""
+    rows = [
+        {
+            "prompt": [
+                {"role": role, "content": f"{role} {number}" + hidden * (role == turn and number < 3)}
+                for role in ("system", "user")
+            ],
+            "chosen": [{"role": "assistant", "content": f"yes {number}"}],
+            "rejected": [{"role": "assistant", "content": f"no {number}"}],
+        }
+        for number in range(10)
+    ]
+    finding = found(look(*rows))["hidden_characters"]
+    assert finding.text.startswith("3 prompt and 0 chosen and 0 rejected texts hold control, zero-width")
+    assert (finding.weight, finding.share) == (WORTH_KNOWING, 0.3)
+    assert "hidden_characters" not in found(look(*many(10)))
+
+
+def test_rows_under_different_system_prompts_are_no_near_duplicates() -> None:
+    """What is asked and answered is the same; of the texts with their system prompts most words differ."""
+    draw = random.Random(2)
+    rows = [
+        {
+            "prompt": [
+                {"role": "system", "content": " ".join(f"w{draw.randrange(10**6)}" for _ in range(60))},
+                {"role": "user", "content": "What do you think about this?"},
+            ],
+            "chosen": [
+                {
+                    "role": "assistant",
+                    "content": f"I like it very much indeed, since it helps those who work for others every day, {number}.",
+                }
+            ],
+            "rejected": [{"role": "assistant", "content": "I do not like it at all."}],
+        }
+        for number in range(20)
+    ]
+    assert look(*rows).similar.pairs == 0
+    for row in rows:
+        row["prompt"] = row["prompt"][1:]  # type: ignore[index]
+    assert look(*rows).similar.pairs > 0
+
+
+def test_long_words_that_differ_in_the_middle_are_no_near_duplicates() -> None:
+    """Addresses, and sentences of scripts without spaces."""
+    ends = [("https" + 3 * "x" + letter * 9 + "/index.html") for letter in "abc"]
+    middles = [
+        "大幅度提高富人的所得税税率以资助公共医疗",
+        "坚决取消企业的最低工资规定鼓励私人投资呢",
+        "绝不允许任何人不经批准进入公民的住宅搜查",
+    ]
+    for texts in (ends, ["我认为政府应" + middle + "这是正确的" for middle in middles]):
+        assert look(*(pair("看", text, "no") for text in texts)).similar.pairs == 0
 
 
 def test_what_happens_at_max_length() -> None:

@@ -308,6 +308,15 @@ def test_other_layouts_are_left_to_datasets(monkeypatch: pytest.MonkeyPatch) -> 
     assert read.rows == [{"prompt": "p", "chosen": "c", "rejected": "r"}]
 
 
+def test_all_texts_are_those_within_lists_and_objects_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    row = {"question": "q", "choices": ["a", "b"], "of": {"turns": [{"content": "c"}]}, "score": 1.0, "picture": b"x"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([row]))
+    read = hub.read_with_datasets(DataSpec(dataset_name="owner/name"), COMMIT, all_texts=True)
+    assert [list(each) for each in read.rows] == [["question", "choices", "of"]]
+
+
 def test_what_datasets_cannot_read_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -53,6 +53,21 @@ def test_of_a_large_text_a_known_share_is_kept(tmp_path: Path, monkeypatch: pyte
     assert not leaks.shared(found, table, [text[::-1] for text in texts]).any()
 
 
+def test_parts_change_nothing_of_an_index_and_are_not_joined_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 parts of 100 passages with room for 1,000: joined whenever 1,000 more are waiting, at the end, and the prompts."""
+    monkeypatch.setattr(leaks, "MOST_PASSAGES", 1000)
+    draw = random.Random(3)
+    texts = [" ".join(f"w{draw.randrange(10**6)}" for _ in range(107)) for _ in range(200)]
+    whole = leaks.build("whole", [(hash_texts(texts), texts)])
+    joined: list[int] = []
+    monkeypatch.setattr(leaks, "_distinct", lambda found, distinct=leaks._distinct: joined.append(1) or distinct(found))
+    in_parts = leaks.build("parts", ((hash_texts([text]), [text]) for text in texts))
+    assert in_parts.passages.tolist() == whole.passages.tolist()
+    assert in_parts.prompts.tolist() == whole.prompts.tolist()
+    assert in_parts.share == whole.share
+    assert len(joined) <= 12
+
+
 def test_an_index_of_nothing_shares_nothing(tmp_path: Path) -> None:
     found, table = leaks.load(index(tmp_path))
     assert not leaks.shared(found, table, [KNOWN]).any()

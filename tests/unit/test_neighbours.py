@@ -32,22 +32,77 @@ def test_words_are_hashed_alike_wherever_they_stand() -> None:
     assert len(set(hashes.tolist())) == 8
 
 
+def mixed(value: int) -> int:
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
 def hashed(word: str) -> int:
     """A word's hash by its definition, in whole numbers."""
     data, modulus = word.encode(), 2**64
     first = int.from_bytes(data[:8], "little") * words.FIRST % modulus
     last = int.from_bytes(data[-8:], "little") * words.LAST % modulus if len(data) > 8 else 0
-    value = first ^ (len(data) * words.LENGTH % modulus) ^ last
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % modulus
-    value = (value ^ value >> 27) * 0x94D049BB133111EB % modulus
-    return value ^ value >> 31
+    between = 0
+    for place in range(1, (len(data) - 1) // 8):
+        block = int.from_bytes(data[8 * place : 8 * place + 8], "little")
+        between += mixed((block + place * words.STEP) % modulus)
+    return mixed(first ^ (len(data) * words.LENGTH % modulus) ^ last ^ between % modulus)
 
 
 def test_hashes_are_those_of_their_definition() -> None:
-    """On every machine: what is kept or compared across them must not move."""
-    named = ["a", "one", "eightlet", "ninelette", "incomprehensibilities", "größe"]
-    hashes, _ = word_hashes([" ".join(named)])
-    assert hashes.tolist() == [hashed(word) for word in named]
+    """On every machine: what is kept or compared across them must not move. `größe` is compared as `grösse`."""
+    named = ["a", "one", "eightlet", "ninelette", "x" * 16, "incomprehensibilities", "grösse", "a0b1c2d3" * 9 + "e"]
+    hashes, _ = word_hashes([" ".join(["größe", *named])])
+    assert hashes.tolist() == [hashed(word) for word in ("grösse", *named)]
+
+
+@pytest.mark.parametrize("size", [*range(17, 50), 1000])
+def test_every_byte_of_a_long_word_counts(size: int) -> None:
+    """Also the order of its blocks of eight."""
+    word = "".join(chr(ord("a") + place % 23) for place in range(size))
+    changed = [word[:place] + "z" + word[place + 1 :] for place in range(size)]
+    turned = word[:8] + word[16:24] + word[8:16] + word[24:]
+    hashes, _ = word_hashes([" ".join([word, *changed, turned])])
+    assert len(set(hashes.tolist())) == size + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("I don’t — it’s the minister’s “friend”…", "I don't - it's the minister's \"friend\"..."),
+        ("the\u00a0rights\u2009of every\u202fone", "the rights of every one"),
+        ("one\u200btwo\ufeffthree\u2060four\u2028five", "one two three four five"),
+        ("Re\u00adgie\u00adrung", "Regierung"),
+        ("GRÖSSE Straße", "größe STRASSE"),
+        ("u\u0308ber cafe\u0301", "über café"),
+        ("ΟΔΟΣ, ΟΔΟΣ", "οδος οδοσ"),
+        ("ｆｕｌｌ　ｗｉｄｔｈ １２", "full width 12"),
+        ("a🎉b→c", "a b c"),
+        ("政府应该,提高。", "政 府 应 该 提 高"),
+        ("カタカナ と kanji漢字", "カ タ カ ナ と kanji 漢 字"),
+        ("ภาษา", "ภ า ษ า"),
+    ],
+)
+def test_other_scripts_and_typography(text: str, plain: str) -> None:
+    """Each text has the words of the other; none is glued to its neighbours."""
+    one, other = (word_hashes([each])[0].tolist() for each in (text, plain))
+    assert one == other
+    assert len(one) == len(plain.replace("'", " ").replace("-", " ").split())
+
+
+def test_marks_belong_to_their_word() -> None:
+    """Of Hindi's vowels, which are marks, and of Korean, which writes spaces."""
+    assert len(word_hashes(["हिन्दी में"])[0]) == 2
+    assert len(word_hashes(["정부는 세금을"])[0]) == 2
+
+
+def test_texts_begin_where_they_begin_whatever_they_hold() -> None:
+    """Texts become shorter and longer where they are not ASCII; what follows them stays in its place."""
+    texts = ["ascii one", "政府应该", "", "Stra\u00adße ﬁn", "last"]
+    hashes, begins = word_hashes(texts)
+    assert begins.tolist() == [0, 2, 6, 6, 8, 9]
+    assert hashes[8] == word_hashes(["last"])[0][0]
 
 
 def test_runs_stay_within_their_text() -> None:

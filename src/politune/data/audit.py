@@ -13,7 +13,7 @@ from politune.data.findings import DataAudit, Leak, Lengths, Longer, Marks, Toke
 from politune.data.format import Encoded, PreferenceRow, encode, prompt_key, unusable
 from politune.data.languages import UNCLEAR, languages_of
 from politune.data.pairs import distinct, find_similar
-from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at, whole_text
+from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at
 from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
 from politune.data.shown import find_rows, parts_of, render_median
 from politune.data.sources import named_generators
@@ -161,8 +161,7 @@ def _count_contradicted(columns: "NDArray[np.uint64]", keys: "NDArray[np.uint64]
 def _count_shared(scan: Scan) -> int:
     import numpy as np
 
-    others = np.fromiter(scan.facts.others_prompts, np.uint64)
-    return int(np.isin(scan["keys"][:, 0], others).sum())
+    return int(np.isin(scan["keys"][:, 0], scan.facts.others_prompts).sum())
 
 
 def _lengths(method: str, unit: Unit, lengths: Any) -> Iterator[Lengths]:
@@ -277,7 +276,8 @@ def _round_up(width: float) -> int:
 def _languages(rows: Sequence[AnyRow]) -> tuple[tuple[tuple[str, int], ...], int]:
     """(rows by language, the most frequent first; rows whose two answers are of two languages)."""
     sides = [languages_of([row.completions[side] for row in rows]) for side in range(len(rows[0].completions))]
-    whole = languages_of([whole_text(row) for row in rows])
+    # Without system prompts, which are often of another language than what is said under them.
+    whole = languages_of(["\n".join((row.prompt[-1]["content"], *row.completions)) for row in rows])
     two = sum(len({*of} - {UNCLEAR}) > 1 for of in zip(*sides, strict=True))
     return tuple(sorted(Counter(whole).items(), key=lambda item: (-item[1], item[0]))), two
 

@@ -62,17 +62,21 @@ def _check_longer_side(report: DataAudit) -> Iterator[Finding]:
 
 
 def _check_marks(report: DataAudit) -> Iterator[Finding]:
-    sides = report.marks[1:]
+    asked, *sides = report.marks
     for field, what in (
         ("leading_line_breaks", "begin with a line break"),
         ("stray_quotation_marks", "have stray quotation marks"),
         ("hidden_characters", "hold control, zero-width or bidirectional characters"),
     ):
         counts = [getattr(side, field) for side in sides]
-        if not any(counts):
+        # Of prompts only what nobody sees: line breaks and quotations are as the user wrote them.
+        in_prompts = asked.hidden_characters if field == "hidden_characters" else 0
+        if not any(counts) and not in_prompts:
             continue
-        share = max(counts) / report.rows
-        found = " and ".join(f"{count} {side.part}" for count, side in zip(counts, sides, strict=True))
+        share = max(*counts, in_prompts) / report.rows
+        named = [(in_prompts, asked.part)] if in_prompts else []
+        named += zip(counts, [side.part for side in sides], strict=True)
+        found = " and ".join(f"{count} {part}" for count, part in named)
         if len(counts) == 2 and _stands_out(max(counts), min(counts)):
             text = f"{found} texts {what}: a run can learn the mark instead of the stance"
             yield Finding(MISLEADS, field, text, share, "shortcuts")

@@ -221,8 +221,10 @@ def no_rows(name: str, columns: Sequence[str]) -> DataError:
     return DataError("the file holds no rows", where=safe(name, None), why=why)
 
 
-def parts(path: Path, name: str) -> Iterator[Part]:
+def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
     """A data file in parts of whole records, in their order; `name` stands in error messages.
+
+    Of a parquet file the columns of `READ_COLUMNS` are read, and with `all_texts` every one that holds text.
 
     Raises DataError as `read_file`, but for a limit of all the text together.
     """
@@ -233,7 +235,7 @@ def parts(path: Path, name: str) -> Iterator[Part]:
         if size == 0:
             raise DataError("the file is empty", where=where)
         if kind == ".parquet":
-            yield from _parquet_parts(path, name, size)
+            yield from _parquet_parts(path, name, size, all_texts)
             return
         with _opened(path, packed) as stream:
             source = _Unpacked(stream, name, Budget(name, max(BOMB_BYTES, BOMB_RATIO * size)) if packed else None)
@@ -542,7 +544,13 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]:
+def holds_text(kind: object) -> bool:
+    """Whether a column of this type, of pyarrow or of datasets, holds text, within lists and objects as well; pictures, with the
+    names of their files, do not."""
+    return "string" in str(kind) and "binary" not in str(kind)
+
+
+def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
     """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
     the file's size nor its own account of the unpacked size can be trusted."""
     pyarrow = _arrow()
@@ -557,7 +565,8 @@ def _parquet_parts(path: Path, name: str, size_bytes: int) -> Iterator[RowsPart]
             sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
             if sum(sizes) > budget.limit_bytes:
                 raise budget.exceeded()
-            known = [column for column in columns if column in READ_COLUMNS]
+            texts = [field.name for field in file.schema_arrow if all_texts and holds_text(field.type)]
+            known = [column for column in columns if column in READ_COLUMNS or column in texts]
             # No text is larger than its row group, but a dictionary repeats it in each row for a few bits.
             at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
             for batch in file.iter_batches(batch_size=at_once, columns=known):

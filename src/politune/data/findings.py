@@ -65,7 +65,7 @@ class Longer:
 @dataclass(frozen=True)
 class Marks:
     """Texts of one part that begin with a line break, have quotation marks without a partner or around the whole, or hold
-    control, zero-width or bidirectional characters."""
+    control, zero-width or bidirectional characters (`scan.HIDDEN`). Of a prompt that is all turns, system prompts included."""
 
     part: str
     leading_line_breaks: int

@@ -12,7 +12,7 @@ from typing import Any
 
 from politune import fetching
 from politune.config import KNOWN_DIRECTIONS, SHIPPED_DATA, DataSpec
-from politune.data.files import READ_COLUMNS, Budget, Read, is_readable, kind_of
+from politune.data.files import READ_COLUMNS, Budget, Read, holds_text, is_readable, kind_of
 from politune.errors import DataError, HubError, MachineError, OutputError, PolituneError, safe
 
 HUB_TIMEOUT_SECONDS = 10.0
@@ -176,7 +176,7 @@ def _no_split(spec: DataSpec, found: Sequence[str]) -> DataError:
     )
 
 
-def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Read:
+def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False, all_texts: bool = False) -> Read:
     """The rows of a layout that is not resolved here, by `datasets.load_dataset`, which reads the text "None" in a CSV file as
     a missing value. Raises as `fetch`."""
     import datasets
@@ -195,7 +195,8 @@ def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False) -> Re
             ) from None
     columns = tuple(data.column_names)
     budget = Budget(spec.dataset_name)
-    known = data.select_columns([column for column in columns if column in READ_COLUMNS])
+    texts = [column for column, kind in data.features.items() if all_texts and holds_text(kind)]
+    known = data.select_columns([column for column in columns if column in READ_COLUMNS or column in texts])
     return Read(columns, [budget.spend(dict(row)) for row in known])
 
 

@@ -1,16 +1,16 @@
 """What a data set shares with texts that it must not have: prompts word for word, and passages of eight words.
 
-A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well); punctuation
-and case make no difference. Of large texts to be held against, only those passages are remembered whose hashes are smallest
-(a fixed share, `Index.share`): a text that was copied as a whole is still found, a single passage with that probability.
+A passage is a run of eight words (GPT-2's report, Radford et al. 2019, looks for overlap by runs of eight as well), as they are
+told apart by `words`: punctuation and case make no difference, and in scripts without spaces it is eight characters. Of large
+texts to be held against, only those passages are remembered whose hashes are smallest (a fixed share, `Index.share`): a text that
+was copied as a whole is still found, a single passage with that probability.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from politune.data.words import runs, word_hashes
 
@@ -22,7 +22,6 @@ PASSAGE = 8
 MOST_PASSAGES = 2_000_000
 TABLE_BITS = 24
 LARGEST = 2**64 - 1
-WORDS = re.compile("[A-Za-z0-9\x80-\U0010ffff]+")
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,36 @@ def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]
     """An index of texts, which come some at a time: hashes of their prompts, as `scan.hash_texts` makes them, and the texts."""
     import numpy as np
 
-    halvings, kept, asked = 0, np.empty(0, np.uint64), np.empty(0, np.uint64)
+    asked: list[NDArray[np.uint64]] = []
+    kept: list[NDArray[np.uint64]] = []
+    halvings, waiting = 0, 0
     for prompts, texts in some_at_a_time:
-        asked = np.union1d(asked, np.array(prompts, np.uint64))
+        asked.append(np.unique(np.array(prompts, np.uint64)))
         found = passages(texts)[0]
-        kept = np.union1d(kept, found[found <= np.uint64(LARGEST >> halvings)])
-        while len(kept) > MOST_PASSAGES:
-            halvings += 1
-            kept = kept[: int(np.searchsorted(kept, np.uint64(LARGEST >> halvings), side="right"))]
-    return Index(name, asked, kept, 0.5**halvings)
+        kept.append(found[found <= np.uint64(LARGEST >> halvings)])
+        waiting += len(kept[-1])
+        if waiting > MOST_PASSAGES:  # not with each part: that took as many times longer as there are parts
+            halvings, least = _smallest(kept, halvings)
+            kept, waiting = [least], 0
+    halvings, least = _smallest(kept, halvings)
+    return Index(name, _distinct(asked), least, 0.5**halvings)
+
+
+def _smallest(found: Sequence["NDArray[np.uint64]"], halvings: int) -> tuple[int, "NDArray[np.uint64]"]:
+    """(how often the range of hashes is halved until there is room, those within it)."""
+    import numpy as np
+
+    kept = _distinct(found)
+    while len(kept) > MOST_PASSAGES:
+        halvings += 1
+        kept = kept[: int(np.searchsorted(kept, np.uint64(LARGEST >> halvings), side="right"))]
+    return halvings, kept
+
+
+def _distinct(found: Sequence["NDArray[np.uint64]"]) -> "NDArray[np.uint64]":
+    import numpy as np
+
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
 
 
 def passages(texts: Sequence[str]) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
@@ -93,23 +113,15 @@ def shared(index: Index, table: "NDArray[np.bool_]", texts: Sequence[str]) -> "N
     maybe = table[(found >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]
     found, of = found[maybe], of[maybe]
     is_shared = np.zeros(len(texts), bool)
-    if len(index.passages):
-        places = np.minimum(np.searchsorted(index.passages, found), len(index.passages) - 1)
-        is_shared[of[index.passages[places] == found]] = True
+    is_shared[of[stand_in(index.passages, found)]] = True
     return is_shared
 
 
-def passage_in(text: str, other_texts: Iterable[str]) -> str | None:
-    """The first passage of a text that stands in one of the others, as it is written in the text; None where none does."""
+def stand_in(known: "NDArray[np.uint64]", hashes: "NDArray[np.uint64]") -> "NDArray[np.bool_]":
+    """Which hashes are among known ones, which are sorted: `numpy.isin` would sort them once more for each part."""
     import numpy as np
 
-    known = np.unique(passages(list(other_texts))[0])
-    found, _ = passages([text])
-    for place in np.flatnonzero(np.isin(found, known)).tolist():
-        words = list(_words(text))
-        return text[words[place].start() : words[min(place + PASSAGE, len(words)) - 1].end()]
-    return None
-
-
-def _words(text: str) -> Iterator[Any]:
-    return WORDS.finditer(text)
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
+    return found

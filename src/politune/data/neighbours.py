@@ -4,8 +4,8 @@ MinHash with one permutation (Li, Owen & Zhang 2012, NIPS): the runs of a text f
 kept, and an empty bin borrows its right neighbour's (Shrivastava & Li 2014, UAI). Two texts agree in a bin with a probability
 equal to their similarity. Locality-sensitive hashing: texts that agree in all four bins of one of eight bands are candidates;
 of pairs at 0.8 those are 98.5 %, of pairs at 0.9 all but 0.02 %, of pairs at 0.1 one in 1,250. Every candidate is then compared
-run by run, so that no pair is named that is below the threshold. Where rows of a template fill a band by the hundred, they are
-compared in part alone, and `candidates` says so.
+run by run, by 32-bit hashes of all their bytes, so that no pair is named that is below the threshold. Where rows of a template
+fill a band by the hundred, they are compared in part alone, and `candidates` says so.
 """
 
 from collections.abc import Sequence

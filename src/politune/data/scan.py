@@ -10,7 +10,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,7 +23,7 @@ from politune.data.format import ChatRow, Method, PreferenceRow, Table, prompt_k
 from politune.data.sources import Membership, Stream, hash_row
 from politune.data.words import mixed
 from politune.data.workers import in_order, no_collection
-from politune.errors import DataError, safe
+from politune.errors import DataError, is_hidden, safe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +35,10 @@ REASONS = ("", *rows_format.UNUSABLE)
 """Why a row teaches nothing, by the number that stands for it."""
 MARKS = ("leading_line_breaks", "stray_quotation_marks", "hidden_characters")
 
-# Control characters other than tab, CR and LF; zero-width and bidirectional marks. Joiners (U+200C, U+200D) are part of
-# ordinary writing in several scripts and of emoji.
-HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-_MAY_HIDE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xc2\xe2\xef]")
+HIDDEN = frozenset(filter(is_hidden, map(chr, (*range(0x20000), *range(0xE0000, 0xE1000))))) - set("\t\r\n\u200c\u200d")
+"""Characters that nobody sees, of all planes that have any. Joiners (U+200C, U+200D) are part of ordinary writing in several
+scripts and of emoji."""
+_MAY_HIDE = re.compile(b"[" + re.escape(bytes({each.encode("utf-8", "surrogatepass")[0] for each in HIDDEN})) + b"]")
 """The bytes that a hidden character begins with in UTF-8."""
 QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“"}
 
@@ -82,7 +82,7 @@ class Facts:
     topics: Counter[str] = field(default_factory=Counter)
     generators: Counter[str] = field(default_factory=Counter)
     leaks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    others_prompts: set[int] = field(default_factory=set)
+    others_prompts: Any = ()
     examples: dict[str, list[int]] = field(default_factory=dict)
     sample: list[Sampled] = field(default_factory=list)
 
@@ -155,7 +155,7 @@ def scan(
     settings = Settings(source.name, method, direction, source.membership, seed, tuple(against))
     swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" else None
     whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
-    pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    pieces: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "others_prompts")}
     digest, size = hashlib.sha256(), source.size_bytes
 
     def given() -> Iterator[tuple[Part, int, Sequence[bool] | None]]:
@@ -192,13 +192,15 @@ def _join(whole: Facts, pieces: dict[str, list[Any]]) -> None:
 
     for name in COLUMNS:
         whole.columns[name] = np.concatenate(pieces.pop(name))
+    whole.others_prompts = np.unique(np.concatenate(pieces.pop("others_prompts")))
 
 
 def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
     for name, values in found.columns.items():
         pieces[name].append(values)
+    pieces["others_prompts"].append(found.others_prompts)
     whole.names |= found.names
-    for counted in ("splits", "marks", "topics", "generators", "leaks", "others_prompts"):
+    for counted in ("splits", "marks", "topics", "generators", "leaks"):
         getattr(whole, counted).update(getattr(found, counted))
     for what, numbers in found.examples.items():
         have = whole.examples.setdefault(what, [])
@@ -248,12 +250,12 @@ def measure(settings: Settings, given: tuple[Part, int, Sequence[bool] | None]) 
 
 def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] | None) -> Facts:
     table, places, others = _table(settings, part)
-    facts = Facts(rows=len(table.rows), others=len(others), names=dict.fromkeys(table.columns))
-    facts.splits = Counter(map(split_of, others))
-    facts.others_prompts = set(hash_texts(str(row.get("prompt", "")).strip() for row in others))
+    facts = Facts(rows=len(table.rows), others=len(others.rows), names=dict.fromkeys(table.columns))
+    facts.splits = Counter(map(split_of, others.rows))
+    facts.others_prompts = _prompts_of(settings, others)
     if not table.rows:
         return facts
-    rows = _parse(settings, table, swaps)
+    rows = _parse(settings.method, table, settings.direction, settings.seed, swaps)
     facts.kinds = rows_format.kinds_of(table, settings.method)
     facts.digest = b"".join(map(hash_row, table.rows))
     facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic"))
@@ -272,10 +274,11 @@ def _label(row: dict[str, object], column: str) -> str:
     return safe(row.get(column) or "", 60)
 
 
-def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[str, object]]]:
+def _table(settings: Settings, part: Part) -> tuple[Table, list[int], Table]:
     """(the rows of the split, the place of each in the part, the rows of other splits)."""
     read = part.read()
-    rows, lines, others = read.rows, read.lines, []
+    rows, lines = read.rows, read.lines
+    others: list[dict[str, object]] = []
     places = list(part.places(read))
     if settings.membership.heeds(read.columns):
         keep = [index for index, row in enumerate(rows) if split_of(row) == settings.membership.split]
@@ -283,23 +286,47 @@ def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[
             others = [row for row in rows if split_of(row) != settings.membership.split]
             rows, places = [rows[index] for index in keep], [places[index] for index in keep]
             lines = tuple(lines[index] for index in keep) if lines else None
-    return Table(read.columns, rows, part.name, "", lines=lines, first=part.first), places, others
+    table = Table(read.columns, rows, part.name, "", lines=lines, first=part.first)
+    return table, places, Table(read.columns, others, part.name, "")
 
 
-def _parse(settings: Settings, table: Table, swaps: Sequence[bool] | None) -> Sequence[AnyRow]:
-    if settings.method == "sft":
-        return rows_format.parse_chats(table, settings.direction, settings.seed, swaps)
-    return rows_format.parse_preferences(table, settings.direction, settings.seed, swaps)
+def _parse(
+    method: Method, table: Table, direction: str | None, seed: int, swaps: Sequence[bool] | None = None
+) -> Sequence[AnyRow]:
+    if method == "sft":
+        return rows_format.parse_chats(table, direction, seed, swaps)
+    return rows_format.parse_preferences(table, direction, seed, swaps)
+
+
+def _prompts_of(settings: Settings, others: Table) -> "NDArray[np.uint64]":
+    """Hashes of the prompts of rows that belong to other splits, each once."""
+    import numpy as np
+
+    rows = readable(settings.method, others, settings.direction, settings.seed)
+    return np.unique(np.array(hash_texts(map(prompt_text, rows)), np.uint64))
+
+
+def readable(method: Method, table: Table, direction: str | None, seed: int) -> Sequence[AnyRow]:
+    """The rows of a table that nobody trains on here, less those that cannot be read as this method's."""
+    if not table.rows:
+        return []
+    try:
+        return _parse(method, table, direction, seed)
+    except DataError:
+        if len(table.rows) == 1:
+            return []
+        alone = (replace(table, rows=[row], lines=None) for row in table.rows)
+        return [row for each in alone for row in readable(method, each, direction, seed)]
 
 
 def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> None:
     import numpy as np
 
     sides = len(rows[0].completions)
-    prompts = [row.prompt[-1]["content"] for row in rows]
+    prompts = [_all_turns(row) for row in rows]
     texts = [prompts, *([row.completions[side] for row in rows] for side in range(sides))]
     keys = np.zeros((len(rows), 3), np.uint64)
-    keys[:, 0] = hash_texts([_prompt_text(row) for row in rows])
+    keys[:, 0] = hash_texts(map(prompt_text, rows))
     words = np.zeros((len(rows), 3), np.uint32)
     longest = np.zeros((len(rows), 3), np.uint32)
     for column, of_part in enumerate(texts):
@@ -310,11 +337,6 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
             len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in of_part
         ]
         _mark(facts, column, of_part)
-    for number, row in enumerate(rows):
-        if len(row.prompt) > 1:
-            before = row.prompt[:-1]
-            words[number, 0] += sum(len(turn["content"].split()) for turn in before)
-            longest[number, 0] += sum(len(turn["content"].encode("utf-8", "surrogatepass")) for turn in before)
     reasons = [REASONS.index(rows_format.unusable(row) or "") for row in rows]
     for reason, name in enumerate(REASONS):
         if reason and (found := [number for number, each in enumerate(reasons) if each == reason]):
@@ -332,11 +354,15 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
 def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path]) -> None:
     import numpy as np
 
-    texts = [text for row in rows for text in (row.prompt[-1]["content"], *row.completions)] if against else []
+    if not against:
+        return
+    wholes = [whole_text(row) for row in rows]
+    keys = facts.columns["keys"][:, 0]
+    last = np.array(hash_texts(map(last_turn, rows)), np.uint64)
     for path in against:
         index, table = leaks.load(path)
-        by_prompt = np.isin(facts.columns["keys"][:, 0], index.prompts)
-        by_passage = leaks.shared(index, table, texts).reshape(len(rows), -1).any(1)
+        by_prompt = leaks.stand_in(index.prompts, keys) | leaks.stand_in(index.prompts, last)
+        by_passage = leaks.shared(index, table, wholes)
         for how, found in (("prompt", by_prompt), ("passage", by_passage), ("row", by_prompt | by_passage)):
             facts.leaks[index.name, how] = int(found.sum())
         found_rows = np.flatnonzero(by_prompt | by_passage)[:EXAMPLES].tolist()
@@ -345,11 +371,17 @@ def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path])
 
 
 def whole_text(row: AnyRow) -> str:
-    """What a row is compared with other rows by."""
-    return "\n".join((row.prompt[-1]["content"], *row.completions))
+    """What a row is compared with other rows and other texts by: all its turns and answers."""
+    return "\n".join((_all_turns(row), *row.completions))
 
 
-def _prompt_text(row: AnyRow) -> str:
+def _all_turns(row: AnyRow) -> str:
+    """The prompt, with system prompts and earlier turns."""
+    return row.prompt[0]["content"] if len(row.prompt) == 1 else "\n".join(turn["content"] for turn in row.prompt)
+
+
+def prompt_text(row: AnyRow) -> str:
+    """What makes two prompts equal, as `format.prompt_key`: the text of a single turn."""
     if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
         return row.prompt[0]["content"].strip()
     return repr(prompt_key(row))
@@ -359,6 +391,11 @@ def row_keys(prompts: Any, first: Any, second: Any) -> "NDArray[np.uint64]":
     """Hashes of rows from those of their prompts and answers, in the order of the answers."""
     found: NDArray[np.uint64] = mixed(mixed(mixed(prompts) + first) + second)
     return found
+
+
+def last_turn(row: AnyRow) -> str:
+    """What the user asked last, which may be asked elsewhere without a system prompt and earlier turns."""
+    return row.prompt[-1]["content"].strip()
 
 
 def hash_texts(texts: Iterable[str]) -> list[int]:
@@ -376,7 +413,7 @@ def _mark(facts: Facts, column: int, texts: Sequence[str]) -> None:
     if not joined.isascii() or '"' in joined:
         found["stray_quotation_marks"] = [number for number, text in enumerate(texts) if has_stray_quotes(text)]
     if _MAY_HIDE.search(joined.encode("utf-8", "surrogatepass")):
-        found["hidden_characters"] = [number for number, text in enumerate(texts) if HIDDEN.search(text)]
+        found["hidden_characters"] = [number for number, text in enumerate(texts) if not HIDDEN.isdisjoint(text)]
     for name, numbers in found.items():
         if numbers:
             facts.marks[column, name] = len(numbers)
@@ -418,8 +455,8 @@ def rows_by_part(of: Scan, numbers: Iterable[int]) -> Iterator[dict[int, AnyRow]
         here = wanted[np.searchsorted(wanted, firsts[number]) : np.searchsorted(wanted, firsts[number + 1])].tolist()
         if here:
             table = _picked(part, places[here].tolist(), of)
-            rows = _parse(of.settings, table, [drawn[row] for row in here] if drawn else None)
-            yield dict(zip(here, rows, strict=True))
+            how, sides = of.settings, [drawn[row] for row in here] if drawn else None
+            yield dict(zip(here, _parse(how.method, table, how.direction, how.seed, sides), strict=True))
 
 
 def _picked(part: Part, places: list[int], of: Scan) -> Table:

@@ -95,6 +95,7 @@ class Stream:
         membership: of the rows that belong to it.
         revision: the commit of data from the Hub.
         generator: who or what wrote the texts, where it is known.
+        all_texts: whether every column that holds text is read, and not those alone that can be trained on.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Stream:
     held: tuple[Part, ...] = ()
     revision: str | None = None
     generator: str | None = None
+    all_texts: bool = False
 
     @property
     def path(self) -> Path | None:
@@ -124,7 +126,7 @@ class Stream:
         """Raises DataError as `files.parts`."""
         yield from self.held
         for path, name in self.files:
-            yield from files.parts(path, name)
+            yield from files.parts(path, name, all_texts=self.all_texts)
 
     def nothing_of(self, splits: Iterable[str], columns: Collection[str]) -> PolituneError:
         """The error of a data set no row of which belongs to it; `splits` are those that there are."""
@@ -145,7 +147,7 @@ class Stream:
         )
 
 
-def stream(spec: DataSpec, *, offline: bool = False) -> Stream:
+def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) -> Stream:
     """The data set that `spec` names, fetched where it is the Hub's.
 
     Rows that carry a `split` (as the shipped stances do) are narrowed to `spec.dataset_split`, so that held-out rows are
@@ -163,12 +165,12 @@ def stream(spec: DataSpec, *, offline: bool = False) -> Stream:
             return Stream(name, (), Membership(spec.dataset_split), held, generator=OWN_AUTHORS)
         case "local":
             path = _local_path(spec)
-            return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split))
+            return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split), all_texts=all_texts)
         case "hub":
             found, commit = hub.fetch(spec, offline)
-            held_parts = () if found else _in_parts(name, hub.read_with_datasets(spec, commit, offline))
+            held_parts = () if found else _in_parts(name, hub.read_with_datasets(spec, commit, offline, all_texts))
             membership = Membership(spec.dataset_split, "beside sides")
-            return Stream(name, tuple(found), membership, held_parts, commit, KNOWN_GENERATORS.get(name))
+            return Stream(name, tuple(found), membership, held_parts, commit, KNOWN_GENERATORS.get(name), all_texts)
 
 
 def _in_parts(name: str, read: Read) -> tuple[Part, ...]:

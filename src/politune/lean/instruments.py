@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from politune.data.leaks import PASSAGE, passages
 from politune.errors import DataError, read_within, safe
 from politune.report import Facts, Lines, Section, Table
 
@@ -32,9 +32,6 @@ MOST_LOG_RATIO = 0.3
 """Of the lengths of an item's two sides, in words: beyond it the length may be what is measured."""
 LOPSIDED_SHARE = 0.65
 """From this share of items on, one side of an axis being the longer one is a way to win without the content."""
-_WORD = re.compile(r"\w+(?:'\w+)?")
-GRAM = 8
-"""Words in a row that an item and a training row share before it counts as seen."""
 SHOWN = 10
 
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -480,13 +477,13 @@ def _lengths(instrument: Instrument, axes: Sequence[AxisFacts]) -> Iterator[Find
 
 
 def _overlap(instrument: Instrument, against: Iterable[object]) -> Iterator[Finding]:
-    known = {gram for text in _strings(against) for gram in _grams(text)}
-    seen = [
-        item.id for item in instrument.items if any(gram in known for text in texts_of(item) for gram in _grams(text))
-    ]
+    import numpy as np
+
+    known = np.unique(passages(list(_strings(against)))[0])
+    seen = [item.id for item in instrument.items if np.isin(passages(texts_of(item))[0], known).any()]
     if seen:
         yield Finding(
-            "error", f"{_some(seen)} share {GRAM} words in a row with the training data: their scores are memory"
+            "error", f"{_some(seen)} share {PASSAGE} words in a row with the training data: their scores are memory"
         )
 
 
@@ -499,11 +496,6 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, Iterable) and not isinstance(value, bytes):
         for part in value:
             yield from _strings(part)
-
-
-def _grams(text: str) -> Iterator[tuple[str, ...]]:
-    words = _WORD.findall(text.lower())
-    return (tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1))
 
 
 def texts_of(item: Item) -> tuple[str, ...]:
