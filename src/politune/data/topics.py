@@ -56,6 +56,7 @@ def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str]
 
 
 def _group(prompts: Sequence[str]) -> list[int]:
+    import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -76,6 +77,9 @@ def _group(prompts: Sequence[str]) -> list[int]:
         return [0] * len(prompts)
     if words.shape[1] > DIMENSIONS:
         words = normalize(TruncatedSVD(DIMENSIONS, random_state=SEED).fit_transform(words))
+    else:
+        words = words.toarray()
+    count = min(count, len(np.unique(words.round(6), axis=0)))
     found: list[int] = KMeans(count, n_init=3, random_state=SEED).fit_predict(words).tolist()
     return found
 
@@ -110,7 +114,7 @@ def words_apart(here: Counter[str], there: Counter[str]) -> list[Apart]:
         here, there: how often each word stands in either group of texts.
     """
     both = here + there
-    if not both:
+    if len(both) < 2:  # a word that is all there is stands nowhere more often than elsewhere
         return []
     scale = PRIOR_WORDS / sum(both.values())
     n_here, n_there = sum(here.values()) + PRIOR_WORDS, sum(there.values()) + PRIOR_WORDS
