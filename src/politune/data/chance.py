@@ -1,4 +1,4 @@
-"""How far figures of rows can be trusted whose prompts are no independent draws."""
+"""What chance explains: a mean of rows that are no independent draws, and whether two data sets differ by more than it."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Z_95 = 1.959964
+ENOUGH = 5.0
+"""What is expected in a cell, for a normal approximation to hold (Cochran 1954, Biometrics 10)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,52 @@ def _wilson(mean: float, rows: float) -> tuple[float, float]:
         (mean + Z_95**2 / (2 * rows)) / scale,
         Z_95 * math.sqrt(mean * (1 - mean) / rows + Z_95**2 / (4 * rows**2)) / scale,
     )
+
+
+def shares_p(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Two-sided p of two shares being one: a z test, or Fisher's exact test where too little is expected in a cell.
+
+    Args:
+        one, other: the share, and the number of independent rows that it is known from.
+    """
+    from scipy.stats import fisher_exact
+
+    (here, rows), (there, others) = one, other
+    together = (here * rows + there * others) / (rows + others)
+    if min(together, 1 - together) * min(rows, others) < ENOUGH:
+        cells = [[round(share * count), round((1 - share) * count)] for share, count in (one, other)]
+        return float(fisher_exact(cells).pvalue)
+    spread = math.sqrt(together * (1 - together) * (1 / rows + 1 / others))
+    return math.erfc(abs(here - there) / spread / math.sqrt(2))
+
+
+def counts_p(here: Sequence[float], there: Sequence[float]) -> float:
+    """P of two sets being of the same kinds: chi-squared, the kinds of which too little is expected taken together.
+
+    Where that leaves one, the kind that differs most decides, by Fisher's test and Bonferroni's bound.
+
+    Args:
+        here, there: by kind, how many of the independent rows are of it.
+    """
+    import numpy as np
+    from scipy.stats import chi2_contingency
+
+    table = np.array([here, there], dtype=float)
+    rows = table.sum(1)
+    rare = table.sum(0) * rows.min() / rows.sum() < ENOUGH
+    kinds = table[:, ~rare]
+    if rare.any():
+        kinds = np.column_stack([kinds, table[:, rare].sum(1)])
+    if kinds.shape[1] > 2 and kinds[:, -1].sum() * rows.min() / rows.sum() < ENOUGH:
+        kinds = kinds[:, :-1]  # so few that nothing can be said of them
+    if kinds.shape[1] > 2:
+        return float(chi2_contingency(kinds).pvalue)
+    first, second = rows.tolist()
+    each = [
+        shares_p((one / first, first), (other / second, second))
+        for one, other in (kinds[:, :1] if kinds.shape[1] > 1 else table).T.tolist()
+    ]
+    return min(1.0, len(each) * min(each))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -255,7 +255,7 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
     rows = _parse(settings, table, swaps)
     facts.kinds = rows_format.kinds_of(table)
     facts.digest = b"".join(map(hash_row, table.rows))
-    facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic"))
+    facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic") not in (None, ""))
     facts.generators = Counter(_label(row, "generator") for row in table.rows if row.get("generator"))
     _measure_rows(facts, rows, places)
     _hold_against(facts, rows, settings.against)
@@ -267,7 +267,8 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
 
 
 def _label(row: dict[str, object], column: str) -> str:
-    return safe(row.get(column) or "", 60)
+    value = row.get(column)
+    return "" if value is None else safe(value, 60)
 
 
 def _table(settings: Settings, part: Part) -> tuple[Table, list[int], list[dict[str, object]]]:

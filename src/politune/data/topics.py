@@ -26,6 +26,7 @@ PRIOR_WORDS = 500.0
 """What the prior is worth, in words."""
 SEED = 0
 OTHER = "no common word"
+NONE_NAMED = "none named"
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,17 @@ def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str]
         named: what each row says its topic is, empty where it says nothing, [rows].
     """
     if any(named):
-        return [name or "none named" for name in named], True
+        return [name or NONE_NAMED for name in named], True
     if len(set(prompts)) < FEWEST_PROMPTS:
         return [OTHER] * len(prompts), False
     groups = _group(prompts)
     names = _names(prompts, groups)
     return [names[group] for group in groups], False
+
+
+def over_all_rows(named: Counter[str], rows: int) -> Counter[str]:
+    """The topics that rows name, and how many rows name none."""
+    return named + Counter({NONE_NAMED: rows - named.total()})  # which leaves zeros out
 
 
 def _group(prompts: Sequence[str]) -> list[int]:
