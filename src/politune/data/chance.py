@@ -99,10 +99,9 @@ def counts_p(here: Sequence[float], there: Sequence[float]) -> float:
     if kinds.shape[1] > 2:
         return float(chi2_contingency(kinds).pvalue)
     first, second = rows.tolist()
-    each = [
-        shares_p((one / first, first), (other / second, second))
-        for one, other in (kinds[:, :1] if kinds.shape[1] > 1 else table).T.tolist()
-    ]
+    kinds = kinds if kinds.shape[1] > 1 else table
+    asked = kinds[:, :1] if kinds.shape[1] == 2 else kinds  # of two, one is what the other is not
+    each = [shares_p((one / first, first), (other / second, second)) for one, other in asked.T.tolist()]
     return min(1.0, len(each) * min(each))
 
 
