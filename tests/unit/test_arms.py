@@ -124,6 +124,7 @@ def test_arms_match_only_if_every_two_of_them_do(tmp_path: Path) -> None:
     third = [{**row, "topic": "schools"} for row in rows("c", 3, 8)]
     first = [{**row, "topic": "taxes" if number % 4 else "schools"} for number, row in enumerate(rows("a", 1, 60))]
     second = [{**row, "topic": "schools" if number % 4 else "taxes"} for number, row in enumerate(rows("b", 2, 60))]
+    second = [{**row, "chosen": "\n" + row["chosen"]} for row in second]
     third = third[:6] + [{**row, "topic": "taxes"} for row in third[6:]]
     found = arms_of(tmp_path, first, second, third)
     topics = line_of(found, "topics, most frequent")
@@ -132,6 +133,8 @@ def test_arms_match_only_if_every_two_of_them_do(tmp_path: Path) -> None:
     assert said[0].endswith("(distance 0.50 between arm0.jsonl and arm1.jsonl)")
     assert line_of(found, "rows").difference == "650.0%"
     assert line_of(found, "rows").furthest in ((0, 2), (1, 2))
+    assert line_of(found, "shortcut: begins with a line break").values == ("50%", "100%", "")
+    assert line_of(found, "shortcuts").values == ("looked at", "looked at", "fewer than 50 prompts")
 
 
 def test_arms_without_forensics_are_said_to_have_none(tmp_path: Path) -> None:
@@ -146,8 +149,11 @@ def test_arms_without_forensics_are_said_to_have_none(tmp_path: Path) -> None:
 
 def test_prompts_of_one_word_are_compared(tmp_path: Path) -> None:
     same = [{**row, "prompt": "p"} for row in rows("a", 1, 20)]
-    found = arms_of(tmp_path, same, [{**row, "prompt": "p"} for row in rows("b", 2, 20)])
+    other = [{**row, "prompt": "p"} for row in rows("b", 2, 20)]
+    found = arms_of(tmp_path, same, other)
     assert (found.apart, found.unmatched) == (((), ()), ())
+    changed = arms_of(tmp_path, same, [longer(row) for row in other]).unmatched
+    assert "words of chosen, median" in [line.what for line in changed]
 
 
 # --- chance ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ rows that a data set is worth. The number of rows itself is no matter of chance.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -84,17 +84,17 @@ class Arms:
         if not self.unmatched:
             but = "".join(f"; {line.what} were not" for line in self.not_compared)
             return f"yes, in all that was compared, up to chance and tolerance{but}"
-        named = "; ".join(f"{line.what} ({' against '.join(line.values)})" for line in self.unmatched[:4])
+        named = "; ".join(f"{line.what} ({_against(line)})" for line in self.unmatched[:4])
         more = f"; and {len(self.unmatched) - 4} more" if len(self.unmatched) > 4 else ""
         return f"no: they differ in {named}{more}"
 
     def findings(self) -> Iterator[Finding]:
         """What a person should know of the arms together."""
         for line in self.unmatched:
-            text = f"the arms differ in {line.what}: {' against '.join(line.values)} ({self._difference(line)})"
+            text = f"the arms differ in {line.what}: {_against(line)} ({self._difference(line)})"
             yield Finding(MISLEADS, f"arms {line.what}", text, 1.0, "arms")
         for line in self.not_compared:
-            text = f"{line.what} of the arms were not compared: {' against '.join(line.values)}"
+            text = f"{line.what} of the arms were not compared: {_against(line)}"
             yield Finding(WORTH_KNOWING, f"arms {line.what}", text, 0.0, "arms")
         for one, other, count in self.shared_prompts:
             if count:
@@ -125,6 +125,10 @@ class Arms:
         here, there = self.apart
         lines = (f"{self.names[0]}: {', '.join(here) or 'none'}", f"{self.names[1]}: {', '.join(there) or 'none'}")
         yield Lines("Words that set the prompts apart", lines)
+
+
+def _against(line: Compared) -> str:
+    return " against ".join(value for value in line.values if value)
 
 
 def compare(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Arms:
@@ -258,13 +262,13 @@ def _worth(values: "NDArray[Any]", groups: "NDArray[np.intp]") -> float:
     """How many independent rows a share is known from as well as from these, of which some have the same prompt.
 
     With few prompts their spread is little known, so that the number is less by Student's quantile over the normal one (Korn &
-    Graubard 1998).
+    Graubard 1998). Where all rows have one prompt, they are what was drawn.
     """
     from scipy.stats import t
 
     prompts = int(groups.max()) + 1
     if prompts in (1, len(groups)):
-        return prompts
+        return len(groups)
     quantiles = NormalDist().inv_cdf(1 - LEVEL / 2) / float(t.isf(LEVEL / 2, prompts - 1))
     return max(1.0, estimate(values.astype(float), groups).rows * quantiles**2)
 
@@ -331,11 +335,11 @@ def _sampled_keys(scan: Scan, most: int) -> "NDArray[Any]":
 
 
 def _worth_of_prompts(keys: "NDArray[Any]") -> float:
-    """The number of independent rows for what is the same in all rows of a prompt (Kish 1965, Survey Sampling)."""
+    """The number of independent rows for what is the same in all rows of a prompt (Kish 1965, Survey Sampling); see `_worth`."""
     import numpy as np
 
     held = np.unique(keys, return_counts=True)[1].astype(float)
-    return float(held.sum() ** 2 / (held**2).sum())
+    return len(keys) if len(held) == 1 else float(held.sum() ** 2 / (held**2).sum())
 
 
 def _generators(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
@@ -358,30 +362,37 @@ def _shortcuts(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[C
     """Each feature whose accuracy differs; a feature that points the other way counts from the other end."""
     if audits[0].method != "dpo":
         return
+    known = [number for number, audit in enumerate(audits) if audit.shortcuts]
+    if len(known) < len(audits):
+        reasons = tuple("looked at" if audit.shortcuts else audit.without_forensics for audit in audits)
+        yield Compared("shortcuts", reasons, "", None)
     forensics = [audit.shortcuts for audit in audits if audit.shortcuts]
-    if len(forensics) < len(audits):
-        values = tuple("looked at" if audit.shortcuts else audit.without_forensics for audit in audits)
-        yield Compared("shortcuts", values, "", None)
+    if len(known) < 2:
         return
     by_name = [{each.feature: each for each in found.shortcuts} for found in forensics]
     matched = set()
+
+    def placed(values: Sequence[str]) -> tuple[str, ...]:
+        given = iter(values)
+        return tuple(next(given) if number in known else "" for number in range(len(audits)))
+
     for feature in sorted({each.feature for found in forensics for each in found.found}):
-        each_arm = [found[feature] for found in by_name]
-        first = each_arm[0].chosen
-        known = [
-            (
-                each.estimate.accuracy if each.is_fitted or each.chosen == first else 1 - each.estimate.accuracy,
-                each.estimate.rows,
-            )
-            for each in each_arm
-        ]
-        line = _shares(f"shortcut: {feature}", known)
+        of_arms = [found[feature] for found in by_name]
+        first = of_arms[0].chosen
+        line = _shares(
+            f"shortcut: {feature}",
+            [
+                (accuracy if each.is_fitted or each.chosen == first else 1 - accuracy, each.estimate.rows)
+                for each, accuracy in ((each, each.estimate.accuracy) for each in of_arms)
+            ],
+        )
         if line.is_matched:
             matched.add(feature)
         else:
-            yield line
+            one, other = line.furthest
+            yield replace(line, values=placed(line.values), furthest=(known[one], known[other]))
     counts = [sum(each.feature in matched for each in found.found) for found in forensics]
-    yield Compared("shortcuts that match", tuple(f"{count} found" for count in counts), "", True)
+    yield Compared("shortcuts that match", placed([f"{count} found" for count in counts]), "", True)
 
 
 COMPARISONS: tuple[Callable[[Sequence[Scan], Sequence[DataAudit]], Iterator[Compared]], ...] = (
