@@ -2,13 +2,21 @@
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from politune import inspection, presets, report
+from politune.data import arms
+from politune.data.arms import Arms, Compared
+from politune.data.chance import counts_p, shares_p
+from politune.data.scan import Facts, Scan
 from politune.errors import ConfigError
 from politune.lean import instruments
 
@@ -46,61 +54,164 @@ def compared(tmp_path: Path, *arms: list[Row], **options: Any) -> inspection.Ins
     return inspection.inspect(run, paths, offline=True, say=lambda line: None, **options)
 
 
+def arms_of(tmp_path: Path, *given: list[Row], **options: Any) -> Arms:
+    found = compared(tmp_path, *given, **options).arms
+    assert found is not None
+    return found
+
+
+def line_of(found: Arms, what: str) -> Compared:
+    (line,) = (each for each in found.lines if each.what == what)
+    return line
+
+
 def test_twins_are_matched(tmp_path: Path) -> None:
     """Drawn alike with other seeds: nothing but chance is between them."""
-    found = compared(tmp_path, rows("a", 1), rows("b", 2))
+    found = compared(tmp_path, rows("a", 1, 300), rows("b", 2, 300))
     assert found.arms is not None
     assert found.arms.unmatched == ()
     assert found.headline.endswith("matched? yes, in all that was compared, up to chance and tolerance")
     assert not [finding for finding in found.findings if finding.question == "arms"]
 
 
-def longer(row: Row, draw: random.Random) -> Row:
+def few(seed: int) -> list[Row]:
+    """60 rows, whose topics are drawn."""
+    draw = random.Random(seed)
+    return [{**row, "topic": draw.choice(sorted(TOPICS))} for row in rows("ab"[seed % 2], seed, 60)]
+
+
+def test_what_chance_explains_is_no_difference(tmp_path: Path) -> None:
+    """60 rows each: shares, lengths and topics of the two are further apart than the tolerance, all by chance."""
+    found = arms_of(tmp_path, few(5), few(26))
+    assert found.unmatched == ()
+    beyond = {line.what for line in found.lines if float(re.sub(r"[^0-9.]", "", line.difference) or 0) > (
+        100 * arms.SHARE_WITHIN if "points" in line.difference else arms.DISTANCE_WITHIN
+    )}  # fmt: skip
+    assert beyond >= {"chosen longer", "words of chosen, median", "topics, most frequent"}
+
+
+def longer(row: Row) -> Row:
     return {**row, "chosen": row["chosen"] + " And so on, and more of it all, and again, and then some more of it."}
 
 
-def about_taxes(row: Row, draw: random.Random) -> Row:
-    return {**row, "topic": "taxes" if draw.random() < 0.5 else row["topic"]}
-
-
-def with_break(row: Row, draw: random.Random) -> Row:
-    return {**row, "chosen": ("\n" if draw.random() < 0.4 else "") + row["chosen"]}
-
-
-def german(row: Row, draw: random.Random) -> Row:
+def german(row: Row) -> Row:
     text = "Die Steuern sollten für alle Menschen im ganzen Land niedriger sein, weil das gerecht ist."
     return {**row, "chosen": text + row["chosen"][:5], "rejected": text + row["rejected"][:7]}
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("change", "lines"),
     [
-        (longer, "chosen longer"),
-        (longer, "words of chosen, median"),
-        (about_taxes, "topics, most frequent"),
-        (with_break, "shortcut: begins with a line break"),
-        (german, "rows in en"),
-        (lambda row, draw: {**row, "generator": "Llama3-70B"}, "generator"),
-        (lambda row, draw: {**row, "prompt": row["prompt"] + " Say it in a few words of your own, please, and no more."},
-         "words of prompt, median"),
+        (longer, ("chosen longer", "words of chosen, median", "shortcut: length in words")),
+        (lambda row: {**row, "topic": "taxes"}, ("topics, most frequent",)),
+        (lambda row: {**row, "chosen": "\n" + row["chosen"]}, ("shortcut: begins with a line break",)),
+        (german, ("rows in en",)),
+        (lambda row: {**row, "generator": "Llama3-70B"}, ("generator",)),
+        (lambda row: {**row, "prompt": row["prompt"] + " Say it in a few words of your own, please, and no more."},
+         ("words of prompt, median",)),
     ],
+    ids=["longer", "topics", "line breaks", "language", "generator", "prompts"],
 )  # fmt: skip
-def test_a_planted_difference_is_found(tmp_path: Path, change: Callable[[Row, random.Random], Row], line: str) -> None:
-    draw = random.Random(3)
-    found = compared(tmp_path, rows("a", 1), [change(row, draw) for row in rows("b", 2)])
+def test_a_planted_difference_is_found(tmp_path: Path, change: Callable[[Row], Row], lines: tuple[str, ...]) -> None:
+    found = compared(tmp_path, rows("a", 1, 60), [change(row) for row in rows("b", 2, 60)])
     assert found.arms is not None
-    assert line in [each.what for each in found.arms.unmatched]
-    assert any(finding.check == f"arms {line}" for finding in found.findings)
+    assert {each.what for each in found.arms.unmatched} >= set(lines)
+    assert {finding.check for finding in found.findings} >= {f"arms {line}" for line in lines}
+
+
+def test_arms_match_only_if_every_two_of_them_do(tmp_path: Path) -> None:
+    """The third, of 8 rows, is furthest from both in its topics, which 8 rows do not prove: the first two are what differs."""
+    third = [{**row, "topic": "schools"} for row in rows("c", 3, 8)]
+    first = [{**row, "topic": "taxes" if number % 4 else "schools"} for number, row in enumerate(rows("a", 1, 60))]
+    second = [{**row, "topic": "schools" if number % 4 else "taxes"} for number, row in enumerate(rows("b", 2, 60))]
+    second = [{**row, "chosen": "\n" + row["chosen"]} for row in second]
+    third = third[:6] + [{**row, "topic": "taxes"} for row in third[6:]]
+    found = arms_of(tmp_path, first, second, third)
+    topics = line_of(found, "topics, most frequent")
+    assert (topics.is_matched, topics.furthest, topics.difference) == (False, (0, 1), "distance 0.50")
+    said = [finding.text for finding in found.findings() if "topics" in finding.check]
+    assert said[0].endswith("(distance 0.50 between arm0.jsonl and arm1.jsonl)")
+    assert line_of(found, "rows").difference == "650.0%"
+    assert line_of(found, "rows").furthest in ((0, 2), (1, 2))
+    assert line_of(found, "shortcut: begins with a line break").values == ("50%", "100%", "")
+    assert line_of(found, "shortcuts").values == ("looked at", "looked at", "fewer than 50 prompts")
+
+
+def test_arms_without_forensics_are_said_to_have_none(tmp_path: Path) -> None:
+    found = compared(tmp_path, rows("a", 1, 60), rows("b", 2, 60), sample_rows=10)
+    assert found.arms is not None
+    line = line_of(found.arms, "shortcuts")
+    assert (line.is_matched, set(line.values)) == (None, {"fewer than 50 prompts in the sample of 10"})
+    assert found.arms.verdict.endswith("up to chance and tolerance; shortcuts were not")
+    assert [finding.check for finding in found.findings if finding.question == "arms"] == ["arms shortcuts"]
+    assert found.datasets[0].verdict("shortcuts") == "not looked at: fewer than 50 prompts in the sample of 10"
+
+
+def test_prompts_of_one_word_are_compared(tmp_path: Path) -> None:
+    same = [{**row, "prompt": "p"} for row in rows("a", 1, 20)]
+    other = [{**row, "prompt": "p"} for row in rows("b", 2, 20)]
+    found = arms_of(tmp_path, same, other)
+    assert (found.apart, found.unmatched) == (((), ()), ())
+    changed = arms_of(tmp_path, same, [longer(row) for row in other]).unmatched
+    assert "words of chosen, median" in [line.what for line in changed]
+
+
+# --- chance ----------------------------------------------------------------------------------------------------------
+
+
+def test_small_cells_are_fishers() -> None:
+    """No row of one against 19 of 20: one of the 21 is not among the 19, with chances of 2 / 21. z would be 3.1."""
+    assert shares_p((0.0, 1), (0.95, 20)) == pytest.approx(2 / 21)
+    assert shares_p((0.5, 400), (0.6, 400)) == pytest.approx(
+        0.0045, abs=0.0001
+    )  # z = 0.1 / sqrt(0.55 x 0.45 / 200) = 2.84
+    assert shares_p((1.0, 50), (1.0, 40)) == 1.0
+
+
+def test_rare_topics_are_taken_together() -> None:
+    """Six topics of one row in either set prove no more than six rows of 106 do."""
+    assert counts_p([100, 100, *[1] * 6, *[0] * 6], [100, 100, *[0] * 6, *[1] * 6]) > 0.9
+    assert counts_p([8, 0], [0, 8]) == pytest.approx(2 / 12870)  # 16 over 8; too few for chi-squared
+    assert counts_p([4, 4, 0, 0], [0, 0, 4, 4]) > 0.1
+    assert counts_p([40, 40, 0], [40, 0, 40]) < 1e-6
+
+
+def drawn(chance: np.random.Generator, prompts: int, times: int, shift: int = 0) -> Scan:
+    """Rows whose lengths and topics are those of their prompt, but for a little."""
+    groups = np.repeat(np.arange(prompts), times)
+    answers = chance.integers(20, 60, (prompts, 2))[groups] + chance.integers(0, 5, (len(groups), 2)) + [shift, 0]
+    words = np.column_stack([chance.integers(8, 30, prompts)[groups], answers])
+    keys = np.repeat(chance.integers(0, 2**62, prompts).astype(np.uint64)[groups][:, None], 3, axis=1)
+    topics = Counter(chance.choice(list("abcdefghij"), prompts)[groups].tolist())
+    facts = Facts(rows=len(groups), columns={"words": words, "keys": keys}, topics=topics)
+    return Scan(None, None, facts, ())  # type: ignore[arg-type]
+
+
+def unmatched(*scans: Scan) -> list[str]:
+    audits: Any = [SimpleNamespace(method="dpo", topics_are_named=True) for _ in scans]
+    lines = [line for compare in (arms._lengths, arms._longer, arms._topics) for line in compare(scans, audits)]
+    return [line.what for line in lines if not line.is_matched]
+
+
+@pytest.mark.parametrize(("prompts", "times"), [(20, 50), (200, 5), (500, 1)])
+def test_rows_of_one_prompt_give_no_false_alarms(prompts: int, times: int) -> None:
+    """200 pairs of sets that are drawn alike; by single rows, 97 % of those with 20 prompts were called different."""
+    chance = np.random.default_rng(0)
+    alarms = [unmatched(drawn(chance, prompts, times), drawn(chance, prompts, times)) for _ in range(200)]
+    assert sum(map(bool, alarms)) <= 10
+    found = unmatched(drawn(chance, prompts, times), drawn(chance, prompts, times, shift=45))
+    assert "words of chosen, median" in found
+    assert set(found) <= {"words of chosen, median", "chosen longer"}
 
 
 def test_sizes_and_what_arms_share(tmp_path: Path) -> None:
     """Ten prompts stand in both, five of them with nearly the same answers."""
-    one, other = rows("a", 1), rows("b", 2, count=500)
+    one, other = rows("a", 1, 60), rows("b", 2, 50)
     for number in range(10):
         other[number] = {**one[number], **({} if number < 5 else {"chosen": other[number]["chosen"]})}
     found = compared(tmp_path, one, other)
     assert found.arms is not None
-    assert [each.what for each in found.arms.unmatched] == ["rows"]
+    assert [(each.what, each.difference) for each in found.arms.unmatched] == [("rows", "20.0%")]
     assert found.arms.shared_prompts[0][2] == 10
     assert found.arms.similar[0][2] == 5
 
@@ -109,14 +220,12 @@ def test_topics_without_a_column_are_grouped_together(tmp_path: Path) -> None:
     def without(each: list[Row]) -> list[Row]:
         return [{name: value for name, value in row.items() if name != "topic"} for row in each]
 
-    other = [row for row in rows("b", 2, count=1800) if row["topic"] != "schools"][:600]
-    same = compared(tmp_path, without(rows("a", 1)), without(rows("b", 2)))
-    found = compared(tmp_path, without(rows("a", 1)), without(other))
-    assert same.arms is not None
-    assert found.arms is not None
-    assert not [each for each in same.arms.unmatched if each.what.startswith("topics")]
-    assert [each for each in found.arms.unmatched if each.what.startswith("topics")]
-    assert any(word.split()[0] in TOPICS["schools"].split() for word in found.arms.apart[0])
+    other = [row for row in rows("b", 2, count=450) if row["topic"] != "schools"]
+    one = without(rows("a", 1, 300))
+    same, found = arms_of(tmp_path, one, without(rows("b", 2, 300))), arms_of(tmp_path, one, without(other))
+    assert line_of(same, "topics, most frequent").is_matched
+    assert not line_of(found, "topics, most frequent").is_matched
+    assert any(word.split()[0] in TOPICS["schools"].split() for word in found.apart[0])
 
 
 def test_pairs_and_conversations_are_no_arms(tmp_path: Path) -> None:
@@ -127,7 +236,7 @@ def test_pairs_and_conversations_are_no_arms(tmp_path: Path) -> None:
 
 def test_what_the_rows_are_held_against(tmp_path: Path) -> None:
     """One row has a prompt of the other file, one a passage of it, and one both; an instrument shares nothing."""
-    held, made = rows("h", 5, count=20), rows("a", 1)
+    held, made = rows("h", 5, count=20), rows("a", 1, 40)
     made[3]["prompt"] = held[0]["prompt"]
     made[4]["chosen"] += " " + " ".join(held[1]["rejected"].split()[5:13])
     made[5] |= {"prompt": held[2]["prompt"], "chosen": held[2]["chosen"]}
@@ -138,17 +247,17 @@ def test_what_the_rows_are_held_against(tmp_path: Path) -> None:
     assert (leak.prompts, leak.passages, leak.rows, leak.share) == (2, 2, 3, 1.0)
     assert (other.name, other.rows) == ("politune-core", 0)
     assert next(row.id for row in found.shown if row.why.startswith("shared with")).endswith("arm0.jsonl:4")
-    assert found.verdict("leaks").startswith("3 of 600 rows share text with")
+    assert found.verdict("leaks").startswith("3 of 40 rows share text with")
 
 
 def test_the_page_holds_no_markup_of_a_row(tmp_path: Path) -> None:
-    made = rows("a", 1, count=80)
+    made = rows("a", 1, count=20)
     made[0] |= {
         "chosen": "<script>alert(1)</script>\x1b[2J\u202e",
         "topic": "<b>bold</b>",
         "prompt": "=1+1 <img src=x>",
     }
-    found = compared(tmp_path, made, rows("b", 2, count=80))
+    found = compared(tmp_path, made, rows("b", 2, count=20))
     report.write_html(found, tmp_path / "arms.html")
     page = (tmp_path / "arms.html").read_text(encoding="utf-8")
     assert "<script" not in page
@@ -158,10 +267,13 @@ def test_the_page_holds_no_markup_of_a_row(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_the_limit_of_what_is_looked_at(tmp_path: Path) -> None:
-    found = compared(tmp_path, rows("a", 1), sample_rows=100).datasets[0]
-    assert (found.rows, found.sampled) == (600, 100)
+    found = compared(tmp_path, rows("a", 1, 80), sample_rows=60).datasets[0]
+    assert (found.rows, found.sampled) == (80, 60)
     assert found.shortcuts is not None
-    assert found.shortcuts.rows == 100
+    assert found.shortcuts.rows == 60
+    titles = [section.title for section in found.evidence()]
+    assert "Languages in the sample of 60" in titles
+    assert "Topics" in titles, "which all rows name"
 
 
 def test_no_shipped_row_is_one_of_an_instruments() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from politune.config import DataSpec, SftDataSpec
-from politune.data import audit, sources
+from politune.data import audit, neighbours, sources
 from politune.data.files import Read, RowsPart
 from politune.data.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
 from politune.data.scan import HIDDEN, Scan, has_stray_quotes, scan
 from politune.data.shown import EXAMPLE_CHARACTERS
 from politune.errors import DataError, is_hidden
 from politune.inspection import InspectReport
-from politune.report import Bars, Lines
+from politune.report import Bars, Lines, Table
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, object]:
@@ -214,8 +214,43 @@ def test_what_happens_at_max_length() -> None:
         mode: look(*rows, tokenizer=Words(), max_length=9, on_overlength=mode).tokens
         for mode in ("drop", "truncate", "error")
     }
-    counts = {mode: (item.longer, item.dropped, item.truncated, item.refused) for mode, item in tokens.items() if item}
-    assert counts == {"drop": (2, 2, 0, 0), "truncate": (2, 1, 1, 0), "error": (2, 0, 0, 2)}
+    counts = {
+        mode: (item.longer, item.dropped, item.truncated, item.removed, item.refused)
+        for mode, item in tokens.items()
+        if item
+    }
+    assert counts == {"drop": (2, 2, 0, 0, 0), "truncate": (2, 1, 1, 1, 0), "error": (2, 0, 0, 0, 2)}
+
+
+def test_rows_that_are_left_out_are_counted_once() -> None:
+    """Of 40 rows one is too long, one is empty and one has equal sides; these two are too long as well."""
+    long = "x " * 30
+    report = look(
+        *many(37), pair("a", long, "y"), pair("b", long, ""), pair("c", long, long), tokenizer=Words(), max_length=20
+    )
+    assert report.tokens is not None
+    assert (report.tokens.of, report.tokens.longer, report.tokens.dropped) == (38, 1, 1)
+    assert report._trains() == "37 of 40 rows do at max_length 20"
+
+
+def test_rows_outside_the_sample_are_too_long_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of 40 usable rows have 200 words, and an empty one has; at most 5 rows are looked at as texts."""
+    rows = [*many(37), *(pair(f"long {i}", "x " * 200, "y") for i in range(3)), pair("empty", "x " * 200, "")]
+    spec = DataSpec(dataset_name="./pairs.csv", max_length=150)
+    report = audit.audit(measured(rows, sample_rows=5), spec, tokenizer=Words())
+    assert report.tokens is not None
+    assert (report.tokens.of_all, report.tokens.longer, report.tokens.dropped) == (True, 3, 3)
+    assert found(report)["overlength"].text == "3 of 40 rows are longer than 150 tokens: 3 are dropped"
+    assert report._trains() == "37 of 41 rows do at max_length 150"
+
+    monkeypatch.setattr(audit, "MOST_TOKENISED", 2)
+    rows = [pair(f"p{i}", "x " * (200 if i % 2 else 3), "y") for i in range(200)]
+    report = audit.audit(measured(rows, sample_rows=50), spec, tokenizer=Words())
+    assert report.tokens is not None
+    assert (report.tokens.of_all, report.tokens.of) == (False, 50)
+    assert 0 < report.tokens.dropped < 50
+    said = f"all 200 rows do, but that {report.tokens.dropped} of 50 in the sample are longer than max_length 150"
+    assert report._trains() == said
 
 
 def test_the_histogram_covers_every_row_once() -> None:
@@ -359,6 +394,57 @@ def test_length_is_judged_in_tokens_where_they_are_known() -> None:
     rows = many(40, chosen="one two three")
     assert "longer-side" in found(look(*rows))
     assert "longer-side" not in found(look(*rows, tokenizer=Joining()))
+
+
+def test_prompts_of_other_splits_are_found() -> None:
+    """Two prompts of the three test rows stand in training as well, one of them in two rows of it."""
+    rows = [{**row, "split": "train"} for row in [*many(20), pair("p1", "other", "texts")]]
+    report = look(*rows, *({**pair(prompt, "x", "y"), "split": "test"} for prompt in ("p0", "p1 ", "new")))
+    assert (report.rows, report.other_splits, report.shared_with_other_splits) == (21, 3, 3)
+    assert found(report)["other-splits"].text == "3 of 21 rows have a prompt that stands in another split as well"
+
+
+def test_answers_of_two_languages_are_found() -> None:
+    english = "The taxes should be lower for all the people in this country, because that is fair to them."
+    german = "Die Steuern sollten für alle Menschen im ganzen Land niedriger sein, weil das gerecht ist."
+    rows = [pair(f"p{i}", f"{english} {i}", f"{english} {german if i < 3 else english} {i}") for i in range(20)]
+    rows[:2] = [pair(f"p{i}", f"{english} {i}", f"{german} {i}") for i in range(2)]
+    report = look(*rows)
+    assert report.two_languages == 2
+    assert found(report)["two-languages"].text.startswith("in 10% of the rows the two answers are of two languages")
+
+
+def test_near_duplicates_under_two_prompts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pair of rows has the same prompt and nearly the same answers, one nearly the same answers under another prompt."""
+    words = [" ".join(f"{letter}{number}" for number in range(60)) for letter in "abcdefgh"]
+    rows = [pair(f"prompt {letter}", text, f"no {text[::-1]}") for letter, text in zip("abcdefgh", words, strict=True)]
+    rows += [{**rows[0], "chosen": words[0] + " more"}, {**rows[1], "prompt": "prompt x"}]
+    report = look(*rows)
+    assert (report.similar.pairs, report.similar.rows, report.similar.across_prompts, report.similar.is_all) == (
+        2, 4, 1, True
+    )  # fmt: skip
+    assert found(report)["near-duplicates-apart"].text.startswith("1 near-duplicate pairs have different prompts")
+    assert "more, by three words)', '2')" in repr(report._repetition())
+    monkeypatch.setattr(neighbours, "MOST_CANDIDATES", 1)
+    some = look(*rows)
+    assert (some.similar.pairs, some.similar.is_all) == (1, False)
+    assert "1 or more" in repr(some._repetition())
+
+
+def test_topics_are_of_all_rows() -> None:
+    """20 of 60 rows name a topic, one of which is the number 0."""
+    rows = [{**row, "topic": {0: 0, 1: "taxes"}.get(i % 6)} for i, row in enumerate(many(60))]
+    report = look(*rows)
+    assert report.topics == (("none named", 40), ("0", 10), ("taxes", 10))
+    (section,) = (section for section in report.evidence() if section.title == "Topics")
+    assert isinstance(section, Table)
+    assert section.rows[0] == ("none named", 40, "67%")
+
+
+def test_many_topics_are_listed_in_part() -> None:
+    report = look(*({**row, "topic": f"topic {i:03}"} for i, row in enumerate(many(80))))
+    assert len(report.topics) == 51
+    assert report.topics[-1] == ("30 more", 30)
 
 
 def test_special_tokens_in_the_text_are_found() -> None:

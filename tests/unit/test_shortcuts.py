@@ -1,5 +1,6 @@
 """What tells chosen from rejected: found where it is planted, and how sure. Simulations are in benchmarks/shortcuts.py."""
 
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from politune.data import shortcuts
+from politune.data.chance import estimate
 from politune.data.features import FEATURES, Text
-from politune.data.shortcuts import Forensics, Pair, Shortcut, balancing_weights, estimate, examine
+from politune.data.shortcuts import Forensics, Pair, Shortcut, balancing_weights, examine
 
 WORDS = [
     f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu", "ma") for second in ("ne", "po", "ri", "su", "ta")
@@ -97,6 +99,40 @@ def test_rows_of_one_prompt_are_not_independent() -> None:
     assert together.rows == pytest.approx(59, rel=0.05)
     assert apart.rows == pytest.approx(1199, rel=0.01)
     assert together.high - together.low > 3 * (apart.high - apart.low)
+
+
+def test_pairs_that_stand_both_ways_round_tell_nothing() -> None:
+    """60 prompts with (a, b) and (b, a) each: every prompt's mean is the same, so that the rows are worth their own number."""
+    pairs = [
+        Pair(f"prompt {row}", *sides)
+        for row, (one, two) in enumerate(answers(60))
+        for sides in ((f"{one} and more", two), (two, f"{one} and more"))
+    ]
+    forensics = examine(pairs)
+    assert forensics.found == ()
+    length = of(forensics, "length in words").estimate
+    assert (length.accuracy, length.rows) == (pytest.approx(0.5), pytest.approx(120))
+    assert length.low == pytest.approx(0.412, abs=0.001)  # Wilson's at 60 of 120
+
+
+def test_p_is_that_of_all_features_together() -> None:
+    """8 rows of 60 have a mark more: z = 8 / sqrt(8), p = 0.0047 by itself; times the number of features, or nearly, in all."""
+    pairs = [Pair(f"prompt {row}", two + "!" * (row < 8), two) for row, (_, two) in enumerate(answers(60))]
+    forensics = examine(pairs)
+    marks = of(forensics, "exclamation marks")
+    assert marks.p == pytest.approx(0.00468 * len(forensics.shortcuts), rel=0.1)
+    assert not marks.is_found
+
+
+def test_prompts_whose_hashes_are_alike_are_folded_like_any_other() -> None:
+    """50 prompts whose hashes have the same last digit."""
+
+    def digit(prompt: str) -> int:
+        return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest()) % shortcuts.FOLDS
+
+    prompts = [prompt for prompt in (f"prompt {number}" for number in range(1000)) if digit(prompt) == 0][:50]
+    pairs = [Pair(prompt, f"Well {one} liberty", two) for prompt, (one, two) in zip(prompts, answers(50), strict=True)]
+    assert of(examine(pairs), "opening word").estimate.accuracy > 0.9
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])

@@ -6,11 +6,11 @@ import math
 import numpy
 import pytest
 
+from politune.data.chance import holm
 from politune.lean import statistics
 from politune.lean.statistics import (
     detectable,
     effect,
-    holm,
     interval,
     over_seeds,
     sign_flip,

@@ -1,23 +1,32 @@
 """Whether data sets that are to be compared differ in more than what they are compared for.
 
-A difference counts where it is larger than a tolerance and than chance: shares by a two-proportion z test, distributions by their
-largest distance (Kolmogorov-Smirnov), topics by the total variation distance with a chi-squared test of homogeneity.
+A difference counts where it is larger than a tolerance and than chance, between any two of them: shares by `chance.shares_p`,
+distributions by their largest distance (Kolmogorov-Smirnov), topics by the total variation distance and `chance.counts_p`. Rows
+of one prompt are no independent draws: lengths of prompts are those of distinct ones, and all else is tested with the number of
+rows that a data set is worth. The number of rows itself is no matter of chance.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.data import topics
-from politune.data.checks import SIGNIFICANT_Z
+from politune.data.chance import counts_p, estimate, shares_p
 from politune.data.findings import MISLEADS, WORTH_KNOWING, DataAudit, Finding
 from politune.data.pairs import find_similar_between
 from politune.data.scan import Scan
 from politune.errors import safe
 from politune.report import Lines, Section, Table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Grouped: TypeAlias = "tuple[NDArray[Any], NDArray[np.intp]]"
+"""A value of each row, and the number of the row's prompt."""
 
 ROWS_WITHIN = 0.01
 """Relative difference in the number of rows that is none."""
@@ -26,17 +35,22 @@ SHARE_WITHIN = 0.05
 DISTANCE_WITHIN = 0.1
 """Distance between two distributions that is none."""
 LEVEL = 0.001
+"""Of each test of two data sets: what chance gives more often is no difference."""
 SHOWN_WORDS = 10
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One line of the comparison: a value per data set, and how far they are apart."""
+    """One line of the comparison: a value per data set, and how far those two are apart that differ most.
+
+    `is_matched` is None where there was nothing to compare.
+    """
 
     what: str
     values: tuple[str, ...]
     difference: str
-    is_matched: bool
+    is_matched: bool | None
+    furthest: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -59,34 +73,48 @@ class Arms:
 
     @property
     def unmatched(self) -> tuple[Compared, ...]:
-        return tuple(line for line in self.lines if not line.is_matched)
+        return tuple(line for line in self.lines if line.is_matched is False)
+
+    @property
+    def not_compared(self) -> tuple[Compared, ...]:
+        return tuple(line for line in self.lines if line.is_matched is None)
 
     @property
     def verdict(self) -> str:
         if not self.unmatched:
-            return "yes, in all that was compared, up to chance and tolerance"
-        named = "; ".join(f"{line.what} ({' against '.join(line.values)})" for line in self.unmatched[:4])
+            but = "".join(f"; {line.what} were not" for line in self.not_compared)
+            return f"yes, in all that was compared, up to chance and tolerance{but}"
+        named = "; ".join(f"{line.what} ({_against(line)})" for line in self.unmatched[:4])
         more = f"; and {len(self.unmatched) - 4} more" if len(self.unmatched) > 4 else ""
         return f"no: they differ in {named}{more}"
 
     def findings(self) -> Iterator[Finding]:
         """What a person should know of the arms together."""
         for line in self.unmatched:
-            text = f"the arms differ in {line.what}: {' against '.join(line.values)} ({line.difference})"
+            text = f"the arms differ in {line.what}: {_against(line)} ({self._difference(line)})"
             yield Finding(MISLEADS, f"arms {line.what}", text, 1.0, "arms")
+        for line in self.not_compared:
+            text = f"{line.what} of the arms were not compared: {_against(line)}"
+            yield Finding(WORTH_KNOWING, f"arms {line.what}", text, 0.0, "arms")
         for one, other, count in self.shared_prompts:
             if count:
                 text = f"{count:,} prompts stand both in {one} and in {other}"
                 yield Finding(WORTH_KNOWING, "shared-prompts", text, 0.0, "arms")
 
+    def _difference(self, line: Compared) -> str:
+        if len(self.names) < 3 or not line.difference:
+            return line.difference
+        one, other = line.furthest
+        return f"{line.difference} between {self.names[one]} and {self.names[other]}"
+
     def sections(self) -> Iterator[Section]:
         """The comparison as a table, and the words that set the first two apart."""
-        rows = tuple(
-            (line.what, *line.values, line.difference, "yes" if line.is_matched else "no") for line in self.lines
-        )
+        matched = {True: "yes", False: "no", None: "not compared"}
+        rows = tuple((line.what, *line.values, self._difference(line), matched[line.is_matched]) for line in self.lines)
         note = (
-            f"Matched: rows within {ROWS_WITHIN:.0%}, shares and accuracies within {SHARE_WITHIN:.0%}, distributions within a "
-            f"distance of {DISTANCE_WITHIN}, or a difference that chance explains (p > {LEVEL})."
+            f"Matched: rows within {ROWS_WITHIN:.0%}, whatever chance says; shares and accuracies within {SHARE_WITHIN:.0%}, "
+            f"distributions within a distance of {DISTANCE_WITHIN}, or a difference that chance explains (p > {LEVEL}), between "
+            "any two arms. Lengths of prompts are those of distinct prompts; rows of one prompt count as what they are worth."
         )
         yield Table("Are the arms matched?", ("compared", *self.names, "difference", "matched"), rows, note)
         both = [
@@ -97,6 +125,10 @@ class Arms:
         here, there = self.apart
         lines = (f"{self.names[0]}: {', '.join(here) or 'none'}", f"{self.names[1]}: {', '.join(there) or 'none'}")
         yield Lines("Words that set the prompts apart", lines)
+
+
+def _against(line: Compared) -> str:
+    return " against ".join(value for value in line.values if value)
 
 
 def compare(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Arms:
@@ -130,127 +162,241 @@ def _count_shared(one: Scan, other: Scan) -> int:
 
 def _apart(one: Scan, other: Scan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     here, there = (
-        Counter(
-            word for each in scan.facts.sample for word in set(topics.content_words(each.row.prompt[-1]["content"]))
-        )
+        Counter(word for prompt in set(_sampled_prompts(scan)) for word in set(topics.content_words(prompt)))
         for scan in (one, other)
     )
     words = topics.words_apart(here, there)
-    telling = [each for each in words if abs(each.z) > SIGNIFICANT_Z]
+    significant = NormalDist().inv_cdf(1 - LEVEL / 2)
+    telling = [each for each in words if abs(each.z) > significant]
     more = tuple(f"{each.word} ({each.here}:{each.there})" for each in telling if each.z > 0)[:SHOWN_WORDS]
     less = tuple(f"{each.word} ({each.there}:{each.here})" for each in reversed(telling) if each.z < 0)[:SHOWN_WORDS]
     return more, less
 
 
+def _sampled_prompts(scan: Scan, most: int | None = None) -> list[str]:
+    return [each.row.prompt[-1]["content"] for each in scan.facts.sample[:most]]
+
+
 # --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    what: str,
+    values: Sequence[str],
+    apart: Callable[[int, int], float],
+    p: Callable[[int, int], float],
+    within: float,
+    shown: Callable[[float], str],
+) -> Compared:
+    """Matched where every two data sets are.
+
+    Args:
+        apart: how far two data sets are apart, by their numbers.
+        p: of that by chance; asked only beyond the tolerance.
+        within: the tolerance.
+    """
+    differences = {pair: apart(*pair) for pair in combinations(range(len(values)), 2)}
+    wrong = [pair for pair, difference in differences.items() if difference > within and p(*pair) <= LEVEL]
+    furthest = max(wrong or differences, key=differences.__getitem__)
+    return Compared(what, tuple(values), shown(differences[furthest]), not wrong, furthest)
 
 
 def _rows(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     counts = [audit.rows for audit in audits]
-    ratio = max(counts) / min(counts) - 1
-    yield Compared("rows", tuple(f"{count:,}" for count in counts), f"{ratio:.1%}", ratio <= ROWS_WITHIN)
+
+    def ratio(one: int, other: int) -> float:
+        return max(counts[one], counts[other]) / min(counts[one], counts[other]) - 1
+
+    yield _judged("rows", [f"{count:,}" for count in counts], ratio, lambda *_: 0.0, ROWS_WITHIN, lambda r: f"{r:.1%}")
 
 
 def _lengths(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     """Medians are shown, whole distributions are compared."""
     import numpy as np
+
+    parts = ("prompt", "chosen", "rejected") if audits[0].method == "dpo" else ("prompt", "answer")
+    prompts = [_prompts(scan["keys"][:, 0]) for scan in scans]
+    for column, part in enumerate(parts):
+        if column == 0:
+            given = [
+                (scan["words"][first, 0], np.arange(len(first)))
+                for scan, (first, _) in zip(scans, prompts, strict=True)
+            ]
+        else:
+            given = [(scan["words"][:, column], groups) for scan, (_, groups) in zip(scans, prompts, strict=True)]
+        yield _distributions(f"words of {part}, median", given)
+
+
+def _prompts(keys: "NDArray[Any]") -> tuple["NDArray[np.intp]", "NDArray[np.intp]"]:
+    """(the first row of each prompt, the number of each row's prompt)."""
+    import numpy as np
+
+    _, first, groups = np.unique(keys, return_index=True, return_inverse=True)
+    return first, groups
+
+
+def _distributions(what: str, given: Sequence[Grouped]) -> Compared:
+    import numpy as np
     from scipy.stats import ks_2samp
 
-    for column, part in enumerate(
-        ("prompt", "chosen", "rejected") if audits[0].method == "dpo" else ("prompt", "answer")
-    ):
-        lengths = [scan["words"][:, column] for scan in scans]
-        tests = [ks_2samp(one, other, method="asymp") for one, other in combinations(lengths, 2)]
-        distance, p = max((float(test.statistic), float(test.pvalue)) for test in tests)
-        values = tuple(f"{float(np.median(each)):g}" for each in lengths)
-        is_matched = distance <= DISTANCE_WITHIN or p > LEVEL
-        yield Compared(f"words of {part}, median", values, f"distance {distance:.2f}", is_matched)
+    def test(one: int, other: int) -> Any:
+        return ks_2samp(given[one][0], given[other][0], method="auto")
+
+    def p(one: int, other: int) -> float:
+        """The exact test of so many rows as those are worth for the share that lies below where the two are furthest apart."""
+        place = test(one, other).statistic_location
+        return float(ks_2samp(*(_thinned(*given[number], place) for number in (one, other)), method="auto").pvalue)
+
+    medians = [f"{float(np.median(values)):g}" for values, _ in given]
+    return _judged(
+        what, medians, lambda *pair: float(test(*pair).statistic), p, DISTANCE_WITHIN, lambda d: f"distance {d:.2f}"
+    )
+
+
+def _thinned(values: "NDArray[Any]", groups: "NDArray[np.intp]", place: float) -> "NDArray[Any]":
+    """As many of the values as they are worth, evenly from the sorted ones."""
+    import numpy as np
+
+    count = max(1, round(_worth(values <= place, groups)))
+    found: NDArray[Any] = np.sort(values)[((np.arange(count) + 0.5) * len(values) / count).astype(int)]
+    return found
+
+
+def _worth(values: "NDArray[Any]", groups: "NDArray[np.intp]") -> float:
+    """How many independent rows a share is known from as well as from these, of which some have the same prompt.
+
+    With few prompts their spread is little known, so that the number is less by Student's quantile over the normal one (Korn &
+    Graubard 1998). Where all rows have one prompt, they are what was drawn.
+    """
+    from scipy.stats import t
+
+    prompts = int(groups.max()) + 1
+    if prompts in (1, len(groups)):
+        return len(groups)
+    quantiles = NormalDist().inv_cdf(1 - LEVEL / 2) / float(t.isf(LEVEL / 2, prompts - 1))
+    return max(1.0, estimate(values.astype(float), groups).rows * quantiles**2)
 
 
 def _longer(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     if audits[0].method != "dpo":
         return
-    counts = [(int((each["words"][:, 1] > each["words"][:, 2]).sum()), each.rows) for each in scans]
-    yield _shares("chosen longer", counts)
+    longer = [scan["words"][:, 1] > scan["words"][:, 2] for scan in scans]
+    groups = [_prompts(scan["keys"][:, 0])[1] for scan in scans]
+    yield _shares(
+        "chosen longer", [(float(each.mean()), _worth(each, of)) for each, of in zip(longer, groups, strict=True)]
+    )
 
 
-def _shares(what: str, counts: Sequence[tuple[int, int]]) -> Compared:
-    shares = [count / rows for count, rows in counts]
-    furthest = max(combinations(range(len(counts)), 2), key=lambda pair: abs(shares[pair[0]] - shares[pair[1]]))
-    difference = abs(shares[furthest[0]] - shares[furthest[1]])
-    z = _two_proportions(*(counts[number] for number in furthest))
-    is_matched = difference <= SHARE_WITHIN or z < SIGNIFICANT_Z
-    return Compared(what, tuple(f"{share:.0%}" for share in shares), f"{100 * difference:.0f} points", is_matched)
-
-
-def _two_proportions(one: tuple[int, int], other: tuple[int, int]) -> float:
-    together = (one[0] + other[0]) / (one[1] + other[1])
-    spread = math.sqrt(together * (1 - together) * (1 / one[1] + 1 / other[1]))
-    return abs(one[0] / one[1] - other[0] / other[1]) / spread if spread else 0.0
+def _shares(what: str, known: Sequence[tuple[float, float]]) -> Compared:
+    """Compares shares, each with the number of rows that it is known from."""
+    return _judged(
+        what,
+        [f"{share:.0%}" for share, _ in known],
+        lambda one, other: abs(known[one][0] - known[other][0]),
+        lambda one, other: shares_p(known[one], known[other]),
+        SHARE_WITHIN,
+        lambda difference: f"{100 * difference:.0f} points",
+    )
 
 
 def _topics(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     """Topics that all data sets name are compared over all rows; else groups of the prompts of all samples together."""
+    keys = [scan["keys"][:, 0] for scan in scans]
     if all(audit.topics_are_named for audit in audits):
-        counts = [scan.facts.topics for scan in scans]
+        counts = [topics.over_all_rows(scan.facts.topics, scan.rows) for scan in scans]
     else:
-        samples = [
-            [each.row.prompt[-1]["content"] for each in scan.facts.sample[: topics.MOST_PROMPTS]] for scan in scans
-        ]
+        samples = [_sampled_prompts(scan, topics.MOST_PROMPTS) for scan in scans]
         names, _ = topics.name_topics(
             [prompt for sample in samples for prompt in sample], [""] * sum(map(len, samples))
         )
         given = iter(names)
         counts = [Counter(next(given) for _ in sample) for sample in samples]
+        keys = [_sampled_keys(scan, topics.MOST_PROMPTS) for scan in scans]
     if len(set().union(*counts)) < 2:
         return
-    distance, p = max(_distance(one, other) for one, other in combinations(counts, 2))
-    tops = tuple(
-        f"{safe(each.most_common(1)[0][0], 40)} {each.most_common(1)[0][1] / each.total():.0%}" for each in counts
-    )
-    is_matched = distance <= DISTANCE_WITHIN or p > LEVEL
-    yield Compared("topics, most frequent", tops, f"distance {distance:.2f}", is_matched)
+    worth = [_worth_of_prompts(each) for each in keys]
+
+    def distance(one: int, other: int) -> float:
+        here, there = counts[one], counts[other]
+        return sum(abs(here[name] / here.total() - there[name] / there.total()) for name in {*here, *there}) / 2
+
+    def p(one: int, other: int) -> float:
+        names = sorted({*counts[one], *counts[other]})
+        return counts_p(
+            *(
+                [counts[number][name] / counts[number].total() * worth[number] for name in names]
+                for number in (one, other)
+            )
+        )
+
+    tops = [f"{safe(name, 40)} {count / each.total():.0%}" for each in counts for name, count in each.most_common(1)]
+    yield _judged("topics, most frequent", tops, distance, p, DISTANCE_WITHIN, lambda d: f"distance {d:.2f}")
 
 
-def _distance(one: Counter[str], other: Counter[str]) -> tuple[float, float]:
-    """(total variation distance, p of the chi-squared test)."""
-    from scipy.stats import chi2_contingency
+def _sampled_keys(scan: Scan, most: int) -> "NDArray[Any]":
+    found: NDArray[Any] = scan["keys"][[each.number for each in scan.facts.sample[:most]], 0]
+    return found
 
-    names = sorted({*one, *other})
-    table = [[each[name] for name in names] for each in (one, other)]
-    distance = sum(abs(one[name] / one.total() - other[name] / other.total()) for name in names) / 2
-    return distance, float(chi2_contingency(table).pvalue)
+
+def _worth_of_prompts(keys: "NDArray[Any]") -> float:
+    """The number of independent rows for what is the same in all rows of a prompt (Kish 1965, Survey Sampling); see `_worth`."""
+    import numpy as np
+
+    held = np.unique(keys, return_counts=True)[1].astype(float)
+    return len(keys) if len(held) == 1 else float(held.sum() ** 2 / (held**2).sum())
 
 
 def _generators(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
-    named = tuple(safe(audit.generator or "unknown", 40) for audit in audits)
-    yield Compared("generator", named, "", len(set(named)) == 1)
+    named = [safe(audit.generator or "unknown", 40) for audit in audits]
+    yield _judged(
+        "generator", named, lambda one, other: float(named[one] != named[other]), lambda *_: 0.0, 0.0, lambda _: ""
+    )
 
 
 def _languages(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     main = audits[0].languages[0][0]
-    counts = [(dict(audit.languages).get(main, 0), sum(count for _, count in audit.languages)) for audit in audits]
-    yield _shares(f"rows in {main}", counts)
+    known = []
+    for scan, audit in zip(scans, audits, strict=True):
+        rows = sum(count for _, count in audit.languages)
+        known.append((dict(audit.languages).get(main, 0) / rows, _worth_of_prompts(_sampled_keys(scan, rows))))
+    yield _shares(f"rows in {main}", known)
 
 
 def _shortcuts(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
     """Each feature whose accuracy differs; a feature that points the other way counts from the other end."""
+    if audits[0].method != "dpo":
+        return
+    known = [number for number, audit in enumerate(audits) if audit.shortcuts]
+    if len(known) < len(audits):
+        reasons = tuple("looked at" if audit.shortcuts else audit.without_forensics for audit in audits)
+        yield Compared("shortcuts", reasons, "", None)
     forensics = [audit.shortcuts for audit in audits if audit.shortcuts]
-    if len(forensics) < len(audits):
+    if len(known) < 2:
         return
     by_name = [{each.feature: each for each in found.shortcuts} for found in forensics]
+    matched = set()
+
+    def placed(values: Sequence[str]) -> tuple[str, ...]:
+        given = iter(values)
+        return tuple(next(given) if number in known else "" for number in range(len(audits)))
+
     for feature in sorted({each.feature for found in forensics for each in found.found}):
-        each_arm: list[Any] = [found[feature] for found in by_name]
-        first = each_arm[0].chosen
-        accuracies = [
-            each.estimate.accuracy if each.is_fitted or each.chosen == first else 1 - each.estimate.accuracy
-            for each in each_arm
-        ]
-        difference = max(accuracies) - min(accuracies)
-        spread = max(each.estimate.high - each.estimate.low for each in each_arm)
-        if difference > SHARE_WITHIN and difference > spread:
-            values = tuple(f"{accuracy:.0%}" for accuracy in accuracies)
-            yield Compared(f"shortcut: {feature}", values, f"{100 * difference:.0f} points", False)
+        of_arms = [found[feature] for found in by_name]
+        first = of_arms[0].chosen
+        line = _shares(
+            f"shortcut: {feature}",
+            [
+                (accuracy if each.is_fitted or each.chosen == first else 1 - accuracy, each.estimate.rows)
+                for each, accuracy in ((each, each.estimate.accuracy) for each in of_arms)
+            ],
+        )
+        if line.is_matched:
+            matched.add(feature)
+        else:
+            one, other = line.furthest
+            yield replace(line, values=placed(line.values), furthest=(known[one], known[other]))
+    counts = [sum(each.feature in matched for each in found.found) for found in forensics]
+    yield Compared("shortcuts that match", placed([f"{count} found" for count in counts]), "", True)
 
 
 COMPARISONS: tuple[Callable[[Sequence[Scan], Sequence[DataAudit]], Iterator[Compared]], ...] = (

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HISTOGRAM_BARS = 10
 LANGUAGE_ROWS = 500
+MOST_TOPICS = 50
+"""Are listed, and the rows of all others together."""
 ROWS_WORTH_A_PROCESS = 1000
 MOST_TOKENISED = 20_000
 """Rows that are counted in tokens beside those of the sample: such as could be too long, by their bytes."""
@@ -95,7 +97,7 @@ def _measure(
         marks=_marks(scan),
         max_length=spec.max_length,
         on_overlength=spec.on_overlength,
-        tokens=_count_tokens(scan, spec, sample, encoded, tokenizer) if encoded else None,
+        tokens=_count_tokens(scan, spec, encoded, tokenizer) if encoded else None,
         histogram=_histogram(scan, in_tokens),
         languages=languages,
         two_languages=two,
@@ -193,12 +195,14 @@ def _marks(scan: Scan) -> tuple[Marks, ...]:
     )
 
 
-def _count_tokens(
-    scan: Scan, spec: DataSpec, sample: Sequence[AnyRow], encoded: Sequence[Encoded], tokenizer: Any
-) -> TokenCounts:
-    measured, of_all = list(encoded), True
+def _count_tokens(scan: Scan, spec: DataSpec, every: Sequence[Encoded], tokenizer: Any) -> TokenCounts:
+    known = [
+        (each.row, item) for each, item in zip(scan.facts.sample, every, strict=True) if unusable(each.row) is None
+    ]
+    encoded = [item for _, item in known]
+    measured, of_all = encoded, True
     if not scan.is_whole:
-        measured, of_all = _possibly_longer(scan, spec, encoded, tokenizer)
+        measured, of_all = _possibly_longer(scan, spec, every, encoded, tokenizer)
     longer = [item for item in measured if item.longest > spec.max_length]
     full = sum(len(item.prompt_ids) >= spec.max_length for item in longer)
     dropped = {"drop": len(longer), "truncate": full, "error": 0}[spec.on_overlength]
@@ -214,7 +218,7 @@ def _count_tokens(
         refused=len(longer) if spec.on_overlength == "error" else 0,
         boundary_mismatches=sum(item.lost_prompt_tokens > 0 for item in encoded),
         without_end=sum(not item.stops for item in encoded),
-        with_special_tokens=sum(any(token in text for token in special for text in _texts(row)) for row in sample),
+        with_special_tokens=sum(any(token in text for token in special for text in _texts(row)) for row, _ in known),
     )
 
 
@@ -224,18 +228,18 @@ def _taken_off(item: Encoded, max_length: int) -> int:
 
 
 def _possibly_longer(
-    scan: Scan, spec: DataSpec, encoded: Sequence[Encoded], tokenizer: Any
+    scan: Scan, spec: DataSpec, every: Sequence[Encoded], usable: Sequence[Encoded], tokenizer: Any
 ) -> tuple[list[Encoded], bool]:
-    """(the rows that a limit may cut, in tokens, whether those are all of them): no token is shorter than a byte."""
+    """(the usable rows that a limit may cut, in tokens, whether those are all of them): no token is shorter than a byte."""
     import numpy as np
 
     sizes = scan["longest"][[each.number for each in scan.facts.sample]]
     # What a template adds is more than what the rows of the sample have beside their bytes' tokens.
-    added = max(item.longest - int(size) for item, size in zip(encoded, sizes, strict=True))
+    added = max(item.longest - int(size) for item, size in zip(every, sizes, strict=True))
     added = max(64, added + 64)
-    maybe = np.flatnonzero(scan["longest"].astype(np.int64) + added > spec.max_length)
+    maybe = np.flatnonzero((scan["longest"].astype(np.int64) + added > spec.max_length) & (scan["reason"] == 0))
     if len(maybe) > MOST_TOKENISED:
-        return list(encoded), False
+        return list(usable), False
     rows = rows_at(scan, maybe.tolist())
     return encode([rows[number] for number in sorted(rows)], tokenizer) if rows else [], True
 
@@ -283,7 +287,9 @@ def _languages(rows: Sequence[AnyRow]) -> tuple[tuple[tuple[str, int], ...], int
 
 
 def _topics(scan: Scan, names: Sequence[str], are_named: bool) -> tuple[tuple[str, int], ...]:
-    counts = scan.facts.topics if are_named else Counter(names)
+    counts = topic_words.over_all_rows(scan.facts.topics, scan.rows) if are_named else Counter(names)
     if set(counts) <= {topic_words.OTHER}:
         return ()
-    return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = ordered[MOST_TOPICS:]
+    return (*ordered[:MOST_TOPICS], *([(f"{len(rest):,} more", sum(count for _, count in rest))] if rest else []))

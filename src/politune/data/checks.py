@@ -34,7 +34,7 @@ def _check_overlength(report: DataAudit) -> Iterator[Finding]:
     tokens = report.tokens
     if tokens is None or not tokens.longer:
         return
-    total = report.rows if tokens.of_all else tokens.of
+    total = report.usable if tokens.of_all else tokens.of
     share = tokens.longer / total
     length = f"longer than {report.max_length} tokens"
     who = f"{tokens.longer:,} of {total:,} rows{'' if tokens.of_all else ' of the sample'} are {length}"

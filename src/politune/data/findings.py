@@ -77,8 +77,9 @@ class Marks:
 class TokenCounts:
     """What only the model's tokenizer can tell.
 
-    Of `of` rows the last three fields are known. The others are of all rows where `of_all` is set, else of the same ones:
-    `removed` counts tokens that truncation takes off, the others rows; `refused` when `on_overlength` is `error`.
+    Rows that are empty or have equal sides are none of them. Of `of` rows the last three fields are known. The others are of all
+    rows where `of_all` is set, else of the same ones: `removed` counts tokens that truncation takes off, the others rows;
+    `refused` when `on_overlength` is `error`.
     """
 
     of: int
@@ -170,12 +171,19 @@ class DataAudit:
             question, self._no_shortcut
         )()
 
+    @property
+    def usable(self) -> int:
+        return self.rows - self.empty - self.equal
+
     def _trains(self) -> str:
-        longest = next((item for item in reversed(self.lengths)), None)
-        left_out = self.empty + self.equal + (self.tokens.dropped if self.tokens else 0)
-        rows = f"all {self.rows:,} rows do" if not left_out else f"{self.rows - left_out:,} of {self.rows:,} rows do"
-        known = f" at max_length {self.max_length}" if self.tokens else "; in tokens with --model"
-        return f"{rows}{known}" if longest else rows
+        tokens = self.tokens
+        trained = self.usable - (tokens.dropped if tokens and tokens.of_all else 0)
+        rows = f"all {self.rows:,} rows do" if trained == self.rows else f"{trained:,} of {self.rows:,} rows do"
+        if tokens is None:
+            return f"{rows}; in tokens with --model"
+        if tokens.of_all or not tokens.dropped:
+            return f"{rows} at max_length {self.max_length}"
+        return f"{rows}, but that {tokens.dropped:,} of {tokens.of:,} in the sample are longer than max_length {self.max_length}"
 
     def _content(self) -> str:
         medians = {item.part: item.median for item in self.lengths if item.unit == "words"}
@@ -189,10 +197,19 @@ class DataAudit:
 
     def _no_shortcut(self) -> str:
         if self.shortcuts is None:
-            return "not looked at: " + (
-                "one answer a row" if self.method == "sft" else f"fewer than {FEWEST_PROMPTS} prompts"
-            )
+            return f"not looked at: {self.without_forensics}"
         return f"no cheap feature tells the sides apart in {self.shortcuts.rows:,} rows"
+
+    @property
+    def without_forensics(self) -> str:
+        """Why there are none."""
+        if self.method == "sft":
+            return "one answer a row"
+        return f"fewer than {FEWEST_PROMPTS} prompts{self._in_sample(self.sampled)}"
+
+    def _in_sample(self, count: int) -> str:
+        """Says of how many rows something is known, where that is not all of them."""
+        return f" in the sample of {count:,}" if count < self.rows else ""
 
     def evidence(self) -> Iterator[Section]:
         """The figures, in the order of the questions."""
@@ -205,7 +222,8 @@ class DataAudit:
         if self.topics:
             yield self._topics()
         if self.languages:
-            yield Facts("Languages", self.languages)
+            of = self._in_sample(sum(count for _, count in self.languages))
+            yield Facts(f"Languages{of}", self.languages)
         if self.longer:
             yield self._longer()
         yield self._marks()
@@ -259,22 +277,19 @@ class DataAudit:
 
     def _topics(self) -> Grid:
         total = sum(count for _, count in self.topics)
-        rows = tuple((safe(name, 80), count, f"{count / total:.0%}") for name, count in self.topics[:20])
-        left = len(self.topics) - len(rows)
+        rows = tuple((safe(name, 80), count, f"{count / total:.0%}") for name, count in self.topics)
         what = (
             "Topics that the rows name."
             if self.topics_are_named
             else "Groups of prompts, and the words that set each apart."
         )
-        return Grid(
-            "Topics", ("topic", "rows", "share"), rows, what + (f" {left} smaller ones are not shown." if left else "")
-        )
+        return Grid(f"Topics{self._in_sample(total)}", ("topic", "rows", "share"), rows, what)
 
     def _lengths(self) -> Grid:
         rows = tuple((item.part, item.unit, item.minimum, item.median, item.p95, item.maximum) for item in self.lengths)
         note = ""
         if self.tokens:
-            of = "" if self.tokens.of == self.rows else f", over {self.tokens.of:,} rows of the sample"
+            of = "" if self.sampled == self.rows else f", over {self.sampled:,} rows of the sample"
             note = f"Tokens include those of the model's chat template{of}."
         return Grid("Lengths", ("part", "unit", "min", "median", "p95", "max"), rows, note)
 
@@ -294,7 +309,7 @@ class DataAudit:
         return Grid("Marks in the text", columns, rows)
 
     def _tokens(self, tokens: TokenCounts) -> Facts:
-        of = "" if tokens.of == self.rows else f", of {tokens.of:,} rows"
+        of = "" if tokens.of == self.usable else f", of {tokens.of:,} rows"
         some = "" if tokens.of_all else of
         return Facts(
             f"At max_length {self.max_length} (on_overlength: {self.on_overlength})",

@@ -258,7 +258,7 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
     rows = _parse(settings.method, table, settings.direction, settings.seed, swaps)
     facts.kinds = rows_format.kinds_of(table, settings.method)
     facts.digest = b"".join(map(hash_row, table.rows))
-    facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic"))
+    facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic") not in (None, ""))
     facts.generators = Counter(_label(row, "generator") for row in table.rows if row.get("generator"))
     _measure_rows(facts, rows, places)
     _hold_against(facts, rows, settings.against)
@@ -271,7 +271,8 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
 
 
 def _label(row: dict[str, object], column: str) -> str:
-    return safe(row.get(column) or "", 60)
+    value = row.get(column)
+    return "" if value is None else safe(value, 60)
 
 
 def _table(settings: Settings, part: Part) -> tuple[Table, list[int], Table]:

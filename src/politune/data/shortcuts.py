@@ -5,10 +5,8 @@ what guessing gives. A feature that is a number points to the side that has more
 often); those that are fitted (opening and closing words, function words, all words, pairs of words) learn on other prompts than
 they are judged by: ten folds by prompt.
 
-Intervals are Wilson's (E. B. Wilson 1927, JASA 22) with an effective number of rows: equal prompts are no independent rows, so
-the variance is that of sums over prompts, n_eff = p(1 - p) / var(p) (as in Korn & Graubard 1998, Survey Methodology 24). The
-test against 0.5 divides the sum over prompts by the root of its sum of squares, which under exchangeable sides is a sum of
-random signs; p-values are Holm's (1979, Scandinavian Journal of Statistics 6) over all features.
+Intervals are those of `chance.estimate`: equal prompts are no independent rows. The test against 0.5 divides the sum over prompts
+by the root of its sum of squares, which under exchangeable sides is a sum of random signs; p-values are Holm's over all features.
 
 What learns is tested by other points than it is judged by: each fold's by what the folds before it taught (progressive
 validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
@@ -24,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from politune.data.chance import Estimate, estimate, holm
 from politune.data.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
 from politune.data.workers import one_thread
 from politune.report import Intervals, Lines, Section, Table
@@ -39,7 +38,6 @@ FOLDS = 10
 FEWEST_PROMPTS = 50
 LEVEL = 0.05
 """Of the family of features: in at most so many sets without a shortcut one is named."""
-Z_95 = 1.959964
 FEWEST_DOCUMENTS = 3
 """Texts that a word has to stand in, and rows in which it has to differ, to count among the words."""
 STRENGTH = 0.3
@@ -60,16 +58,6 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An accuracy with its 95 % interval; `rows` is what the rows are worth as independent ones."""
-
-    accuracy: float
-    low: float
-    high: float
-    rows: float
 
 
 @dataclass(frozen=True)
@@ -183,21 +171,27 @@ def examine(pairs: Sequence[Pair]) -> Forensics:
         raise ValueError(f"{len(keys)} prompts are too few")
     number = {key: index for index, key in enumerate(keys)}
     groups = np.array([number[pair.prompt] for pair in pairs])
-    folds = np.array([_fold(key) for key in keys])[groups]
+    folds = _folds(keys)[groups]
     chosen, rejected = [Text(pair.chosen) for pair in pairs], [Text(pair.rejected) for pair in pairs]
     points_of_numbers, found = _measured(chosen, rejected, groups)
     fitted, differences = _fitted(chosen, rejected, folds)
     for name, (sentence, points, in_turn) in fitted.items():
         found.append(_shortcut(name, sentence, points, groups, in_turn=in_turn))
-    found = _holm(found)
+    found = [replace(each, p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
     words = found[-1].estimate
     balanced, names = _balanced(found[: len(FEATURES)], points_of_numbers, differences, groups, folds)
     ordered = sorted(found, key=lambda each: (-each.is_found, -each.estimate.accuracy, each.feature))
     return Forensics(len(pairs), len(keys), tuple(ordered), words, balanced, names, _driven(found, points_of_numbers))
 
 
-def _fold(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % FOLDS
+def _folds(keys: Sequence[str]) -> "NDArray[np.intp]":
+    """The fold of each prompt: by the rank of its hash, so that every fold has its share and the rows' order changes nothing."""
+    import numpy as np
+
+    hashes = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
+    folds = np.empty(len(keys), np.intp)
+    folds[sorted(range(len(keys)), key=hashes.__getitem__)] = np.arange(len(keys)) % FOLDS
+    return folds
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -239,47 +233,6 @@ def _shortcut(
     p = math.erfc(z / math.sqrt(2)) / 2 if is_fitted else math.erfc(abs(z) / math.sqrt(2))
     judged = estimate(points.astype(float) / 2 + 0.5, groups)
     return Shortcut(name, sentence, judged, float((points != 0).mean()), p, is_fitted)
-
-
-def estimate(values: "NDArray[Any]", groups: "NDArray[Any]", weights: "NDArray[Any] | None" = None) -> Estimate:
-    """A mean of values from 0 to 1, whose rows depend on each other within groups.
-
-    Args:
-        values: [rows]
-        groups: the number of each row's group, [rows]
-        weights: [rows]; None for equal ones.
-    """
-    import numpy as np
-
-    weights = np.full(len(values), 1.0) if weights is None else weights
-    weights = weights / weights.sum()
-    mean = min(1.0, float((weights * values).sum()))
-    sums, held = np.bincount(groups, weights * (values - mean)), np.bincount(groups, weights)
-    count = int((held > 0).sum())
-    variance = float((sums**2).sum()) * count / max(1, count - 1)
-    if np.ptp(values) > 0:
-        rows = min(mean * (1 - mean) / variance, 1 / float((weights**2).sum()))
-    else:  # all or none: they say nothing of how prompts differ
-        mean, rows = float(values[0]), 1 / float((held**2).sum())
-    centre, half = _wilson(mean, rows)
-    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), rows)
-
-
-def _wilson(mean: float, rows: float) -> tuple[float, float]:
-    scale = 1 + Z_95**2 / rows
-    return (
-        (mean + Z_95**2 / (2 * rows)) / scale,
-        Z_95 * math.sqrt(mean * (1 - mean) / rows + Z_95**2 / (4 * rows**2)) / scale,
-    )
-
-
-def _holm(found: Sequence[Shortcut]) -> list[Shortcut]:
-    """The same in their order, with p adjusted for all of them."""
-    adjusted, largest = [0.0] * len(found), 0.0
-    for rank, index in enumerate(sorted(range(len(found)), key=lambda index: found[index].p)):
-        largest = max(largest, min(1.0, (len(found) - rank) * found[index].p))
-        adjusted[index] = largest
-    return [replace(each, p=p) for each, p in zip(found, adjusted, strict=True)]
 
 
 # --- what is fitted --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ PRIOR_WORDS = 500.0
 """What the prior is worth, in words."""
 SEED = 0
 OTHER = "no common word"
+NONE_NAMED = "none named"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str]
         named: what each row says its topic is, empty where it says nothing, [rows].
     """
     if any(named):
-        return [name or "none named" for name in named], True
+        return [name or NONE_NAMED for name in named], True
     if len(set(prompts)) < FEWEST_PROMPTS:
         return [OTHER] * len(prompts), False
     groups = _group(prompts)
@@ -55,7 +56,13 @@ def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str]
     return [names[group] for group in groups], False
 
 
+def over_all_rows(named: Counter[str], rows: int) -> Counter[str]:
+    """The topics that rows name, and how many rows name none."""
+    return named + Counter({NONE_NAMED: rows - named.total()})  # which leaves zeros out
+
+
 def _group(prompts: Sequence[str]) -> list[int]:
+    import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -76,6 +83,9 @@ def _group(prompts: Sequence[str]) -> list[int]:
         return [0] * len(prompts)
     if words.shape[1] > DIMENSIONS:
         words = normalize(TruncatedSVD(DIMENSIONS, random_state=SEED).fit_transform(words))
+    else:
+        words = words.toarray()
+    count = min(count, len(np.unique(words.round(6), axis=0)))
     found: list[int] = KMeans(count, n_init=3, random_state=SEED).fit_predict(words).tolist()
     return found
 
@@ -110,7 +120,7 @@ def words_apart(here: Counter[str], there: Counter[str]) -> list[Apart]:
         here, there: how often each word stands in either group of texts.
     """
     both = here + there
-    if not both:
+    if len(both) < 2:  # a word that is all there is stands nowhere more often than elsewhere
         return []
     scale = PRIOR_WORDS / sum(both.values())
     n_here, n_there = sum(here.values()) + PRIOR_WORDS, sum(there.values()) + PRIOR_WORDS

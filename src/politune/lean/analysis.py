@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy
 
+from politune.data.chance import holm
 from politune.lean import statistics
 from politune.lean.instruments import CONTROL, FEWEST_TOPICS
 from politune.lean.prompts import ANSWERS, ASKERS, NEGATIVE, POSITIVE, Asker, Persona
@@ -387,9 +388,7 @@ def _axes(rows: Sequence[Row]) -> list[str]:
 
 def _with_holm(axes: list[AxisShift]) -> list[AxisShift]:
     single = [each for each in axes if each.axis not in (POLITICAL, CONTROL)]
-    adjusted = dict(
-        zip((each.axis for each in single), statistics.holm([each.shift.p for each in single]), strict=True)
-    )
+    adjusted = dict(zip((each.axis for each in single), holm([each.shift.p for each in single]), strict=True))
     return [replace(each, p_holm=adjusted.get(each.axis, each.shift.p)) for each in axes]
 
 
@@ -491,7 +490,7 @@ def verdict(found: Shift, gates: Sequence[str], *, unit: str, beyond: Effect | N
         word: Word = "shift-right" if effect.mean > 0 else "shift-left"
         side = word.removeprefix("shift-")
         return Verdict(word, f"Tuning made what is {side} of its opposite likelier, by {size}{condition}.")
-    p_political, p_control = statistics.holm([effect.p, control.shift.p])
+    p_political, p_control = holm([effect.p, control.shift.p])
     if _is_found(effect) and p_political <= ALPHA:
         no_more = "in the control run" if is_clear else f"items without politics ({control.shift.mean:+.3f})"
         return Verdict("unspecific-drift", f"Political items moved by {size}, but not clearly more than {no_more}.")

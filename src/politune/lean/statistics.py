@@ -139,15 +139,6 @@ def sign_flip(topic_sums: ArrayLike, seed: int = 0) -> float:
     return (1 + hits) / (1 + FLIPS)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values that hold for all of the tests together, in their order (Holm 1979, Scandinavian J. of Statistics 6, 65-70)."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
-
-
 def detectable(differences: ArrayLike, topics: Sequence[str]) -> float:
     """The smallest mean that a two-sided 5 % test finds with a chance of 80 %: (t(0.975) + t(0.8)) cluster-robust errors.
 
