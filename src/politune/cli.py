@@ -50,7 +50,9 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Tune a model: dpo (preferences) or sft (completions).")
 presets_app = typer.Typer(help="List, show, check and export presets.")
 instruments_app = typer.Typer(help="List, show, check and import the items that a model's lean is measured with.")
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets: build.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Make data sets: build by a recipe, annotate with a model, synth from topics."
+)
 app.add_typer(train_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")]
@@ -624,9 +626,6 @@ def data_build(
     report.show(result, as_json=json)
 
 
-app.add_typer(data_app, name="data")
-
-
 @app.command("ask")
 def ask_command(
     model: Annotated[
@@ -676,11 +675,6 @@ def ask_command(
         )
     report.show(result, as_json=json)
 
-
-data_app = typer.Typer(
-    no_args_is_help=True, help="Choose and draft data: annotate rows with a model, synth pairs from topics."
-)
-app.add_typer(data_app, name="data")
 
 ByModel = Annotated[
     str | None, typer.Option("--model", help="Who answers: a run, an adapter, a checkpoint, a Hub id, or `demo`.")
@@ -818,6 +812,9 @@ def synth_command(
             say=_say(quiet),
         )
     report.show(result, as_json=json)
+
+
+app.add_typer(data_app, name="data")
 
 
 def _show_cost(quiet: bool) -> Callable[[Any], None]:

@@ -421,9 +421,11 @@ def test_near_duplicates_under_two_prompts_are_found(monkeypatch: pytest.MonkeyP
     rows += [{**rows[0], "chosen": words[0] + " more"}, {**rows[1], "prompt": "prompt x"}]
     report = look(*rows)
     assert (report.similar.pairs, report.similar.rows, report.similar.across_prompts, report.similar.is_all) == (
-        2, 4, 1, True
+        2, 4, 2, True
     )  # fmt: skip
-    assert found(report)["near-duplicates-apart"].text.startswith("1 near-duplicate pairs have different prompts")
+    assert found(report)["near-duplicates-apart"].text.startswith(
+        "2 of 10 rows are near-duplicates of one with another"
+    )
     assert "more, by three words)', '2')" in repr(report._repetition())
     monkeypatch.setattr(neighbours, "MOST_CANDIDATES", 1)
     some = look(*rows)
