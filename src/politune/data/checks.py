@@ -165,9 +165,7 @@ def _check_leaks(report: DataAudit) -> Iterator[Finding]:
         yield Finding(MISLEADS, "other-splits", text, share, "leaks")
     if across := report.similar.across_prompts:
         share = across / report.rows
-        text = (
-            f"{across:,} near-duplicate pairs have different prompts: a validation split by prompt parts some of them"
-        )
+        text = f"{_of(across, report)} are near-duplicates of one with another prompt: a validation split by prompt parts some"
         yield Finding(
             MISLEADS if share > FOREIGN_SHARE else WORTH_KNOWING, "near-duplicates-apart", text, share, "leaks"
         )
