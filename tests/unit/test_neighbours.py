@@ -93,7 +93,7 @@ def test_other_scripts_and_typography(text: str, plain: str) -> None:
 
 
 def test_marks_without_end_take_no_time() -> None:
-    """Normalising 200,000 marks upon one letter takes minutes: the square of their number."""
+    """Normalising 200,000 marks upon one letter takes about a minute: the square of their number."""
     started = time.process_time()
     word_hashes(["a" + "\u0301\u0323" * 100_000])
     assert time.process_time() - started < 5
