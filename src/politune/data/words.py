@@ -58,7 +58,15 @@ def word_hashes(texts: Sequence[str]) -> tuple["NDArray[np.uint64]", "NDArray[np
 
 def _spaced(text: str) -> str:
     """A text whose words are those of `text`, with nothing but ASCII between them."""
+    if len(text) > LONG_TEXT:
+        text = _MANY_MARKS.sub(r"\g<0> ", text)
     return _UNPLAIN.sub(_as_words, unicodedata.normalize("NFKC", text).casefold())
+
+
+LONG_TEXT = 4096
+"""From so many characters on, marks upon one letter are parted (no writing has 30; the limit is that of Unicode's Annex 15):
+normalising them takes the square of their number."""
+_MANY_MARKS = re.compile(r"[^\w\x00-\x7f]{30}")
 
 
 def _as_words(found: re.Match[str]) -> str:
