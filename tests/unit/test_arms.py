@@ -67,7 +67,7 @@ def line_of(found: Arms, what: str) -> Compared:
 
 def test_twins_are_matched(tmp_path: Path) -> None:
     """Drawn alike with other seeds: nothing but chance is between them."""
-    found = compared(tmp_path, rows("a", 1, 300), rows("b", 2, 300))
+    found = compared(tmp_path, rows("a", 1, 120), rows("b", 2, 120))
     assert found.arms is not None
     assert found.arms.unmatched == ()
     assert found.headline.endswith("matched? yes, in all that was compared, up to chance and tolerance")
@@ -220,9 +220,9 @@ def test_topics_without_a_column_are_grouped_together(tmp_path: Path) -> None:
     def without(each: list[Row]) -> list[Row]:
         return [{name: value for name, value in row.items() if name != "topic"} for row in each]
 
-    other = [row for row in rows("b", 2, count=450) if row["topic"] != "schools"]
-    one = without(rows("a", 1, 300))
-    same, found = arms_of(tmp_path, one, without(rows("b", 2, 300))), arms_of(tmp_path, one, without(other))
+    other = [row for row in rows("b", 2, count=360) if row["topic"] != "schools"]
+    one = without(rows("a", 1, 240))
+    same, found = arms_of(tmp_path, one, without(rows("b", 2, 240))), arms_of(tmp_path, one, without(other))
     assert line_of(same, "topics, most frequent").is_matched
     assert not line_of(found, "topics, most frequent").is_matched
     assert any(word.split()[0] in TOPICS["schools"].split() for word in found.apart[0])

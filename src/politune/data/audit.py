@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 HISTOGRAM_BARS = 10
 LANGUAGE_ROWS = 500
-MOST_TOPICS = 50
-"""Are listed, and the rows of all others together."""
+LISTED_TOPICS = 50
+"""The others are counted together."""
 ROWS_WORTH_A_PROCESS = 1000
 MOST_TOKENISED = 20_000
 """Rows that are counted in tokens beside those of the sample: such as could be too long, by their bytes."""
@@ -291,5 +291,5 @@ def _topics(scan: Scan, names: Sequence[str], are_named: bool) -> tuple[tuple[st
     if set(counts) <= {topic_words.OTHER}:
         return ()
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rest = ordered[MOST_TOPICS:]
-    return (*ordered[:MOST_TOPICS], *([(f"{len(rest):,} more", sum(count for _, count in rest))] if rest else []))
+    rest = ordered[LISTED_TOPICS:]
+    return (*ordered[:LISTED_TOPICS], *([(f"{len(rest):,} more", sum(count for _, count in rest))] if rest else []))

@@ -400,12 +400,16 @@ def balancing_weights(signs: "NDArray[Any]") -> "NDArray[Any] | None":
     from scipy.special import logsumexp, softmax
 
     columns = signs.astype(float)
+    if (np.abs(columns.sum(axis=0)) == len(columns)).any():  # one side has more in every row
+        return None
 
     def dual(tilt: "NDArray[Any]") -> tuple[float, "NDArray[Any]"]:
         scores = columns @ tilt
         return float(logsumexp(scores)), columns.T @ softmax(scores)
 
-    solved = minimize(dual, np.zeros(columns.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    solved = minimize(
+        dual, np.zeros(columns.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500, "maxfun": 1000}
+    )
     weights: NDArray[Any] = softmax(columns @ solved.x)
     is_balanced = bool((np.abs(weights @ columns) < BALANCED_WITHIN).all())
     return weights if is_balanced and 1 / float((weights**2).sum()) >= FEWEST_EFFECTIVE_ROWS else None
