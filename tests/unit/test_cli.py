@@ -222,7 +222,7 @@ def test_hostile_names_cannot_reach_the_terminal(guarded: dict[str, str]) -> Non
     ("redirection", "code"), [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">/dev/full", 7), ("| true", 0)]
 )
 def test_streams_that_are_not_there(redirection: str, code: int, guarded: dict[str, str]) -> None:
-    line = f"{sys.executable} -m politune inspect-data stances-control --quiet {redirection}"
+    line = f"{sys.executable} -m politune presets show demo-left {redirection}"
     done = subprocess.run(["bash", "-c", line], env=guarded, capture_output=True, text=True)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
