@@ -84,7 +84,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         lay_out(place, lab.base)
         found = _in_children(lab, place, CASES if whole else CASES[::12])
         what = "what users mistype, over all commands: the exit code of its kind, the culprit named, no traceback"
-        yield count(what, found.values(), at_least=440 if whole else 1)
+        yield count(what, found.values(), at_least=470 if whole else 1)
         what = f"the {len(ROWS)} kinds of bad input that were to be met: the same, of the cases of each"
         beside = "; ".join(f"no case of number {row}: {why}" for row, why in NOT_HAD.items())
         yield count(what, [_of_row(row, found) for row in ROWS], at_least=60, beside=beside)
@@ -126,7 +126,7 @@ def _alone(place: Path, cases: list[Case], whole: bool) -> Iterator[Figure]:
 
     found = [trial(number, each) for number, each in enumerate(cases[:: 1 if whole else 50])]
     what = "such of them as need no model, where torch cannot be imported: the same"
-    yield count(what, found, at_least=400 if whole else 1)
+    yield count(what, found, at_least=430 if whole else 1)
     if whole:
         middle, start = statistics.median(seconds), statistics.median(bare)
         told = (
@@ -327,6 +327,10 @@ def lay_out(place: Path, base: Path) -> None:
         _write(place / "data" / name, content)
     _write(place / "full" / "something.txt", "x")
     _write(place / "instruments" / "items.csv", "text,key\nt,sideways\n")
+    for name, lines in RECIPES.items():
+        _write(place / "recipes" / f"{name}.toml", f'[[source]]\nname = "data/good.jsonl"\n{lines}')
+    _write(place / "recipes" / "gone.toml", '[[source]]\nname = "data/gone.jsonl"\n')
+    _write(place / "recipes" / "sides.toml", '[[source]]\nname = "stances"\n')
     _write(place / "instruments" / "8.json", '[{"question": "q"}]')
     os.mkfifo(place / "data" / "pipe.csv")
     with (place / "data" / "huge.jsonl").open("wb") as file:
@@ -361,6 +365,21 @@ def _write_bomb(path: Path) -> None:
 
     text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), ["x" * 2**20])
     parquet.write_table(pyarrow.table(dict.fromkeys(HEAD.strip().split(","), text)), path, compression="zstd")
+
+
+RECIPES = {
+    "good": "",
+    "typo": "[balance]\nchosen_longr = 0.5\n",
+    "pattern": '[[filter.drop]]\nfield = "prompt"\npattern = "("\n',
+    "nothing": "[filter]\nprompt = [500, 600]\n",
+    "hash": f'sha256 = "{"0" * 64}"\n',
+    "twin": '[match]\ntwin = "nowhere.toml"\n',
+    "dose": "[dose]\nrows = 500\n",
+    "shares": 'share = 1\n[[source]]\nname = "data/good.jsonl"\n',
+}
+"""Recipes of one good file and something else."""
+ENDPOINT = "--endpoint http://127.0.0.1:9/v1 --endpoint-model m"
+"""Where nobody listens."""
 
 
 # --- models and adapters ---------------------------------------------------------------------------------------------
@@ -719,7 +738,7 @@ COMMANDS: tuple[Case, ...] = (
     case(f"{DRY} --dataset_name rows.csv", 3, "is a directory"),
     case(f"{DRY} --dataset_name data/pipe.csv", 3, "no regular file"),
     case(f"{DRY} --dataset_name /dev/zero", 3, "no regular file"),
-    case(f"{DRY} --dataset_name data/huge.jsonl", 3, "huge.jsonl", "more than 2,048 MiB"),
+    case(f"{DRY} --dataset_name data/huge.jsonl", 3, "huge.jsonl", "a record of more than 16 MiB"),
     case(f"{DRY} --dataset_name data/bomb.parquet", 3, "bomb.parquet", "decompression bomb"),
     case(f"{DRY} --dataset_name data/stances.csv --direction none", 3, "data.direction", "left, right or shuffled"),
     case(f"{DRY} --model_name_or_path ./nowhere", 4, "nowhere does not exist"),
@@ -766,7 +785,34 @@ COMMANDS: tuple[Case, ...] = (
     case("merge run --base ./nowhere -o merged", 4, "nowhere does not exist"),
     case("merge run --base models/packed -o merged", 4, "is a quantised checkpoint", "--base"),
     case("merge run --base models/other -o merged", 4, "another base", "--force-base"),
-    case("inspect-data a b", 2, "unexpected extra argument", "b"),
+    case("inspect-data data/good.jsonl missing.jsonl", 3, "missing.jsonl"),
+    case("inspect-data data/good.jsonl --against missing.jsonl", 3, "missing.jsonl"),
+    case("inspect-data data/good.jsonl --sample 0", 2, "--sample"),
+    case("inspect-data data/good.jsonl --html data", 7, "it is a directory"),
+    case("inspect-data data/good.jsonl --dataset-split dev", 2, "no splits to choose 'dev'"),
+    case("data nothing", 2, "nothing"),
+    case("data build missing.toml -o new.jsonl", 2, "missing.toml"),
+    case("data build recipes/typo.toml -o new.jsonl", 2, "typo.toml:4", "did you mean balance.chosen_longer"),
+    case("data build recipes/pattern.toml -o new.jsonl", 2, "pattern.toml:5", "no regular expression"),
+    case("data build recipes/nothing.toml -o new.jsonl", 3, "no row is left after the step filter"),
+    case("data build recipes/gone.toml -o new.jsonl", 3, "data/gone.jsonl", "no such file"),
+    case("data build recipes/sides.toml -o new.jsonl", 2, "direction must be"),
+    case("data build recipes/hash.toml -o new.jsonl", 3, "other rows than the recipe says"),
+    case("data build recipes/twin.toml -o new.jsonl", 2, "nowhere.toml"),
+    case("data build recipes/dose.toml -o new.jsonl", 3, "asks for 500 rows"),
+    case("data build recipes/shares.toml -o new.jsonl", 2, "every source has a share or none"),
+    case("data build recipes/good.toml -o data/good.jsonl", 7, "good.jsonl"),
+    case("data build recipes/good.toml -o new.txt", 7, "no name of a data set"),
+    case("data build recipes/good.toml -o nowhere/new.jsonl", 7, "a directory that does not exist"),
+    case("data build recipes/good.toml", 2, "-o FILE"),
+    case("data annotate data/good.jsonl", 2, "--model, or --endpoint"),
+    case(f"data annotate data/gone.jsonl {ENDPOINT}", 3, "data/gone.jsonl"),
+    case(f"data annotate data/good.jsonl {ENDPOINT} --rubric recipes/good.toml", 2, "good.toml"),
+    case(f"data annotate data/good.jsonl {ENDPOINT} --concurrency 0", 2, "--concurrency"),
+    case(f"data annotate data/good.jsonl {ENDPOINT} -o fresh", 6, "127.0.0.1:9"),
+    case("data annotate data/good.jsonl --endpoint ftp://x --endpoint-model m", 2, "ftp://x"),
+    case(f"data synth gone.txt -o new.jsonl {ENDPOINT}", 3, "gone.txt"),
+    case(f"data synth data/rows.txt -o new.txt {ENDPOINT}", 2, "no name of a .jsonl file"),
     case("inspect-data missing.jsonl", 3, "missing.jsonl"),
     case("inspect-data ''", 2, "an empty name is no data set"),
     case("inspect-data ' '", 3, "neither a file here nor"),

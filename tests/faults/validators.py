@@ -35,13 +35,14 @@ from faults.lab import Lab
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src" / "politune"
 MODULES: dict[str, tuple[str, ...]] = {
-    "config.py": ("unit/test_presets.py",),
-    "presets/__init__.py": ("unit/test_presets.py",),
+    "config.py": ("unit/test_presets.py", "unit/test_recipe.py"),
+    "presets/__init__.py": ("unit/test_presets.py", "unit/test_recipe.py"),
     "flags.py": ("unit/test_presets.py",),
     "data/format.py": ("unit/test_format.py",),
     "data/files.py": ("unit/test_sources.py",),
     "data/sources.py": ("unit/test_sources.py",),
     "data/hub.py": ("unit/test_hub.py",),
+    "data/scan.py": ("unit/test_scan.py",),
     "fetching.py": ("unit/test_fetching.py",),
     "locks.py": ("unit/test_study.py",),
     "study/spec.py": ("unit/test_study.py",),
