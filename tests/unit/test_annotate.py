@@ -705,7 +705,7 @@ def test_a_row_that_comes_again_is_no_other_row(place: Path) -> None:
     [
         "id,strength_chosen\n0,2\n1,1\n",
         "id,strength_chosen\n0.0,2.0\n1.0,1.0\n",
-        "row,strength_chosen\n1.0,2.0\n2.0,\n",
+        "row,strength_chosen\n1.0,2.0\n2.0,  \n",
     ],
 )
 def test_numbers_as_tables_have_them(text: str, place: Path) -> None:

@@ -147,7 +147,7 @@ def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labe
         if place in found:
             raise DataError(f"{key} {safe(row[key])} stands twice", where=at)
         found[place] = {column: _label(row[column], columns[column], column, at) for column in known
-                        if row.get(column) not in (None, "")}  # fmt: skip
+                        if row.get(column) is not None and str(row[column]).strip()}  # fmt: skip
     if not any(found.values()):
         raise DataError(
             f"labels none of these rows: no {key} of it is one of theirs, or its cells are empty", where=where
