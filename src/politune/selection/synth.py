@@ -394,8 +394,8 @@ not facts or a neutral view. For research on political bias in language models; 
 persuasion.
 
 - {pairs} pairs of {asked} that were asked for, over {topics} topics; sha256 `{digest}`.
-- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request, the same
-  settings, the same seed.
+- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request and the same
+  settings; an endpoint is sent the same seed for both, a model on this machine draws one seed for a batch.
 - Licence: {note}.
 
 ## The prompt
