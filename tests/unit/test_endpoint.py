@@ -189,7 +189,8 @@ def test_an_answer_in_parts_is_read() -> None:
 @pytest.mark.parametrize(
     ("sent", "kept"),
     [("stop", "stop"), ("MAX_TOKENS", "length"), ("refusal", "content_filter"), ("SAFETY", "content_filter"),
-     ("content-filter", "content_filter"), ("sensitive", "content_filter"), ("\ud800", ""), (KEY, ""), ("x" * 9000, ""), (3, "")],
+     ("content-filter", "content_filter"), ("sensitive", "content_filter"), ("\ud800", ""), (KEY, ""), ("x" * 9000, ""), (3, ""),
+     ("rejected", "")],
 )  # fmt: skip
 def test_an_end_is_one_of_a_few(sent: object, kept: str) -> None:
     with StandIn(lambda prompt, before: completion("x", finish_reason=sent)) as server:
@@ -233,6 +234,7 @@ def test_what_was_weighed_is_no_answer() -> None:
     assert Reply("<think>a</think> b <think> c").cut_off
     assert not Reply("<think>a</think> b").cut_off
     assert Reply("a", "length").cut_off
+    assert endpoint.answered("<a" * 1_000_000) == "<a" * 1_000_000, "and takes no minute"
 
 
 def test_lone_surrogates_can_be_written_afterwards(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ FINISHES = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), STOPPED),
     **dict.fromkeys(("length", "max_tokens", "model_length"), CUT_OFF),
     **dict.fromkeys(("content_filter", "refusal", "safety", "sensitive", "prohibited_content", "blocklist"), FILTERED),
-    REJECTED: REJECTED,
 }
 """How the providers call the ends of an answer; what is not among them is not kept."""
 FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation"}
@@ -57,7 +56,7 @@ class Reply:
 
     Args:
         text: of the answer; empty where there is none. Of a request that the endpoint rejects: why it does.
-        finish: how it ended: `stop`, `length`, `content_filter`, `rejected`; empty where nobody says.
+        finish: how it ended: `stop`, `length`, `content_filter`, or `rejected` by the endpoint itself; empty where nobody says.
         prompt_tokens, answer_tokens: as counted by who answered, None where it does not say.
     """
 
@@ -76,22 +75,17 @@ class Reply:
     @property
     def cut_off(self) -> bool:
         """Whether it met the limit, perhaps while the model was still weighing."""
-        return self.finish == CUT_OFF or _WEIGHING.search(answered(self.text, to_the_end=False)) is not None
+        return self.finish == CUT_OFF or _WEIGHING.search(_WEIGHED.split(self.text)[-1]) is not None
 
 
 Replied: TypeAlias = tuple[Request, Reply]
-_WEIGHED = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_WEIGHING = re.compile(r"<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
+_WEIGHING = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_WEIGHED = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
 
-def answered(text: str, *, to_the_end: bool = True) -> str:
-    """A text without what a reasoning model weighs before it answers.
-
-    Args:
-        to_the_end: without what it had not come to the end of, too.
-    """
-    rest = _WEIGHED.sub("", text, count=1)
-    return _WEIGHING.sub("", rest, count=1) if to_the_end else rest
+def answered(text: str) -> str:
+    """A text without what a reasoning model weighs, to the end of it or not, before it answers."""
+    return _WEIGHING.split(_WEIGHED.split(text)[-1])[0]
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def synth(
     Args:
         topics: a text file with one per line, or a table with a column `topic` and perhaps one `axis`.
         per_topic: pairs for each.
-        seed: of what is drawn; both sides of a pair are drawn with the same.
+        seed: of what is drawn; an endpoint is sent the same one for both sides of a pair.
         words: how many to ask for, of both sides.
         max_new_tokens: longest answer; by default three for each word.
         output: the .jsonl file to write; the card, the manifest and the replies stand beside it.
@@ -394,7 +394,7 @@ not facts or a neutral view. For research on political bias in language models; 
 persuasion.
 
 - {pairs} pairs of {asked} that were asked for, over {topics} topics; sha256 `{digest}`.
-- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request and the same
+- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request and
   settings; an endpoint is sent the same seed for both, a model on this machine draws one seed for a batch.
 - Licence: {note}.
 
