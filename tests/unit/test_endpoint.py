@@ -392,7 +392,8 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
     "url",
     ["", "example.org/v1", "ftp://example.org", "https://", "https://[::1", "https://me:secretsecret@example.org/v1",
      "https://example.org/v1?key=secretsecret", "https://example.org/v1#secretsecret", "https://exa mple.org", "https://a\x1b.org",
-     "https://example.org:port/", "https://example.org/v1?", f"https://{'a' * 64}.org/v1", "https://exa_mple..org/v1"],
+     "https://example.org:port/", "https://example..org/v1?key=secretsecret",
+     "https://example.org/v1?", f"https://{'a' * 64}.org/v1", "https://exa_mple..org/v1"],
 )  # fmt: skip
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -223,15 +223,15 @@ def _check_address(url: str) -> bool:
         (host or "").encode("idna")
     except ValueError:  # also a part of a host that is empty or longer than 63 characters
         host, parts = None, urlsplit("")
-    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or " " in url:
-        raise ConfigError(
-            f"{safe(url)} is no address of an endpoint", where="--endpoint", fix="such as https://api.openai.com/v1"
-        )
     if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
         raise ConfigError(
             "an address with a login, a query or a fragment in it would be recorded with them",
             where="--endpoint",
             fix="put the key into an environment variable and name it with --key-env",
+        )
+    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or " " in url:
+        raise ConfigError(
+            f"{safe(url)} is no address of an endpoint", where="--endpoint", fix="such as https://api.openai.com/v1"
         )
     if host == "localhost":
         return True
