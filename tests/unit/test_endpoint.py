@@ -443,6 +443,8 @@ def test_the_key_is_no_part_of_what_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     assert where.key == KEY
     assert KEY not in repr(where) + str(where.identity()) + where.name
     assert errors.safe(f"refused: {KEY}") == "refused: ***", "whatever quotes it, such as a crash log"
+    monkeypatch.setenv("MY_KEY", "shortkey")
+    assert errors.safe("refused: shortkey") == "refused: ***"
 
 
 @pytest.mark.parametrize("key", [KEY, KEY[:10]], ids=["long", "short"])
