@@ -24,6 +24,8 @@ from pathlib import Path
 MAX_FOREIGN_CHARACTERS = 200
 LOGINS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"]
 """Environment variables whose values are never repeated; a command adds the one that it is told of."""
+LEAST_LOGIN_CHARACTERS = 8
+"""Shorter ones (`EMPTY`, as local servers want it) are no secrets, and would star out words."""
 _TOKEN = re.compile(r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|(?<=://)[^/\s]+(?=@)")
 """A token of the Hub wherever it stands, and what an address says of who asks: `https://user:password@host`."""
 
@@ -127,7 +129,7 @@ def safe(text: object, limit: int | None = MAX_FOREIGN_CHARACTERS) -> str:
 def without_secrets(text: str) -> str:
     """Stars for this machine's logins and for what is written like one: libraries put them into errors, users into flags."""
     for name in LOGINS:
-        if len(login := os.environ.get(name, "").strip()) >= 16:
+        if len(login := os.environ.get(name, "").strip()) >= LEAST_LOGIN_CHARACTERS:
             text = text.replace(login, "***")
     return _TOKEN.sub("***", text) if "hf_" in text or "://" in text else text
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from politune.config import ModelSpec
 from politune.errors import DataError, ModelError
@@ -38,7 +39,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_model_on_this_machine_annotates(tiny_llama: Path, place: Path) -> None:
-    """A random model follows no rubric: every row is asked twice, and what it wrote is kept as it is, never guessed."""
+    """A random model comes to no end: what it wrote is kept as it is, not guessed, and not asked again at the same limit."""
     cost = run(tiny_llama, place, "out", dry_run=True)
     found = run(tiny_llama, place, "out")
     base = load.resolve(ModelSpec(model_name_or_path=str(tiny_llama)), say=lambda line: None)
@@ -51,12 +52,27 @@ def test_a_model_on_this_machine_annotates(tiny_llama: Path, place: Path) -> Non
     assert [each["raw"][0] for each in annotations] == alone
     assert isinstance(cost, Cost)
     assert (cost.exact, cost.prompt_tokens) == (True, sum(map(len, contexts)))
-    assert (found.unparsed, found.retried, found.spent.requests) == (5, 5, 10)
-    assert found.spent.prompt_tokens > cost.prompt_tokens, "the second question is longer"
+    assert (dict(found.faults)["cut off"], found.retried, found.spent.requests) == (5, 0, 5)
+    assert (found.spent.prompt_tokens, found.spent.answer_tokens) == (cost.prompt_tokens, 5 * 6)
     assert all(value is None for each in annotations for value in each["answers"].values())
     papers = json.loads((place / "out" / "papers.json").read_text())
     assert papers["who"]["base"]["name"] == "local:tiny-llama"
     assert str(place) not in json.dumps(papers)
+
+
+def test_a_text_that_the_model_ends_is_told_from_one_that_is_cut_off(tiny_llama: Path) -> None:
+    """Greedily it writes the same again, and the third of its tokens is then made the end; of two texts one ends."""
+    base = load.resolve(ModelSpec(model_name_or_path=str(tiny_llama)), say=lambda line: None)
+    model, tokenizer = load.load_model(base), load.load_tokenizer(base)
+    contexts = [(5, 6, 7), (8, 9, 10)]
+    one, other = (
+        model.generate(input_ids=torch.tensor([each]), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+        for each in contexts
+    )
+    end = next(place for place, token in enumerate(one) if token not in other)
+    model.generation_config.eos_token_id = one[end]
+    found = Writer(model, tokenizer).written(contexts, max_new_tokens=6)
+    assert [(each.ended, each.tokens) for each in found] == [(True, end), (False, 6)]
 
 
 def test_an_adapter_answers_itself_and_shares_no_cache_with_its_base(tiny_llama: Path, place: Path) -> None:
@@ -74,7 +90,7 @@ def test_a_model_that_is_loaded_for_nothing_is_not_loaded(
     run(tiny_llama, place, "out")
     monkeypatch.setattr(load, "load_model", lambda *given, **options: pytest.fail("loaded"))
     again = run(tiny_llama, place, "again")
-    assert (again.spent.requests, again.spent.from_cache, again.spent.money) == (0, 10, 0.0)
+    assert (again.spent.requests, again.spent.from_cache, again.spent.money) == (0, 5, 0.0)
 
 
 def test_prompts_that_are_too_long_are_refused_before_the_weights_are_loaded(
@@ -91,8 +107,7 @@ def test_drafts_follow_their_seed_and_a_stopped_command_gives_the_same(
 ) -> None:
     """Random words are hardly ever an answer, so that this looks at the replies; groups of three stop in the middle of a pair."""
     monkeypatch.setattr("politune.selection.answering.AT_ONCE", 3)
-    monkeypatch.setattr(synth, "LEAST_SHARE", 0.0)
-    monkeypatch.setattr(synth, "classify", lambda text: "answer")
+    monkeypatch.setattr(synth, "fault", lambda reply, words: None)
 
     def draft(output: str, **given: Any) -> list[dict[str, Any]]:
         asking = Asking(model=str(tiny_llama), offline=True)
@@ -106,14 +121,14 @@ def test_drafts_follow_their_seed_and_a_stopped_command_gives_the_same(
 
     whole = draft("whole.jsonl")
     forget()
-    original, calls = Writer.write, iter(range(100))
+    original, calls = Writer.written, iter(range(100))
 
     def write(self: Writer, *given: Any, **options: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return original(self, *given, **options)
 
-    monkeypatch.setattr(Writer, "write", write)
+    monkeypatch.setattr(Writer, "written", write)
     with pytest.raises(KeyboardInterrupt):
         draft("stopped.jsonl")
     assert not (place / "stopped.jsonl").exists()

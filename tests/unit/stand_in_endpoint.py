@@ -36,6 +36,15 @@ def refusal(status: int, message: str = "", **headers: str) -> Answer:
     return Answer(status, json.dumps({"error": {"message": message}}).encode(), named)
 
 
+def echo(text: str, **changes: Any) -> Answer:
+    """A completion that says it in every field, but for these of its message."""
+    message = {"role": text, "content": text, "refusal": text, "name": text, **changes}
+    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", text), text)
+    named = dict.fromkeys(("id", "object", "model", "system_fingerprint", text), text)
+    choice = {"index": text, "message": message, "finish_reason": text, "stop_reason": text}
+    return Answer(body=json.dumps({**named, "choices": [choice], "usage": usage}).encode(), headers={"X-Echo": text})
+
+
 class StandIn:
     """The endpoint, as a context: it listens inside.
 
@@ -122,7 +131,7 @@ class StandIn:
 def labels(prompt: str) -> dict[str, Any]:
     """What a perfect judge says of texts that name their side."""
     found: dict[str, Any] = {"topic": "housing" if "rent" in prompt else "taxes", "axis": "economic"}
-    for letter, text in re.findall(r"<answer_([AB])>\n(.*?)\n</answer_", prompt, re.DOTALL):
+    for letter, text in re.findall(r"<answer_([AB]) \w+>\n(.*?)\n</answer_", prompt, re.DOTALL):
         found[f"stance_{letter}"] = "left" if LEFT in text else "right" if RIGHT in text else "neither"
         found[f"strength_{letter}"] = 2
     return found

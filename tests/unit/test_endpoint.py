@@ -1,5 +1,7 @@
 """Asking an endpoint: what is sent, what is tried again, where patience ends, and where the key goes."""
 
+import gzip
+import json
 import threading
 import time
 from email.utils import formatdate
@@ -10,9 +12,10 @@ import pytest
 
 from politune import errors
 from politune.errors import ConfigError, HubError, MachineError, ModelError, PolituneError
-from politune.selection import endpoint
+from politune.selection import answering, endpoint
+from politune.selection.answering import Asking
 from politune.selection.endpoint import Limits, Reply, Request, Settings
-from unit.stand_in_endpoint import Answer, StandIn, completion, refusal
+from unit.stand_in_endpoint import Answer, StandIn, completion, echo, refusal
 
 KEY = "sk-canary-0123456789abcdef"
 QUICK = Limits(answer_seconds=2.0, answer_bytes=100_000, pauses=(0.01, 0.02), longest_wait=2.0)
@@ -61,7 +64,7 @@ def test_so_many_at_a_time(concurrency: int) -> None:
     assert server.most_at_once == concurrency
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 524])
 def test_what_may_pass_is_tried_again(status: int) -> None:
     with StandIn(lambda prompt, before: refusal(status) if before < 2 else "at last") as server:
         assert [reply.text for reply in ask(server.url, "a")] == ["at last"]
@@ -117,10 +120,12 @@ def test_a_spent_quota_is_not_tried_again() -> None:
     ("status", "kind", "code"),
     [
         (401, MachineError, 5),
+        (402, MachineError, 5),
         (403, MachineError, 5),
         (404, ModelError, 4),
-        (400, ConfigError, 2),
-        (422, ConfigError, 2),
+        (405, ConfigError, 2),
+        (501, ConfigError, 2),
+        (418, ConfigError, 2),
     ],
 )
 def test_what_will_not_pass_is_said_at_once(status: int, kind: type[PolituneError], code: int) -> None:
@@ -163,7 +168,8 @@ def test_what_is_no_answer_is_tried_again_and_given_up(body: bytes) -> None:
         StandIn(lambda prompt, before: Answer(body=body)) as server,
         pytest.raises(HubError, match="no answer to a chat"),
     ):
-        ask(server.url, "a")
+        ask(server.url, "a", limits=Limits(pauses=(0.01,) * 5))
+    assert len(server.bodies) == 2, "each may be paid for"
     with StandIn(lambda prompt, before: Answer(body=body) if before == 0 else "well") as server:
         assert ask(server.url, "a")[0].text == "well"
 
@@ -171,6 +177,64 @@ def test_what_is_no_answer_is_tried_again_and_given_up(body: bytes) -> None:
 def test_an_empty_answer_is_one() -> None:
     with StandIn(lambda prompt, before: completion(None, finish_reason="content_filter")) as server:
         assert ask(server.url, "a") == [Reply("", "content_filter", 100, 10)]
+
+
+def test_an_answer_in_parts_is_read() -> None:
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    body = json.dumps({"choices": [{"message": {"content": parts}}]}).encode()
+    with StandIn(lambda prompt, before: Answer(body=body)) as server:
+        assert ask(server.url, "a") == [Reply("one two")]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("stop", "stop"), ("MAX_TOKENS", "length"), ("refusal", "content_filter"), ("SAFETY", "content_filter"),
+     ("content-filter", "content_filter"), ("sensitive", "content_filter"), ("\ud800", ""), (KEY, ""), ("x" * 9000, ""), (3, ""),
+     ("rejected", "")],
+)  # fmt: skip
+def test_an_end_is_one_of_a_few(sent: object, kept: str) -> None:
+    with StandIn(lambda prompt, before: completion("x", finish_reason=sent)) as server:
+        assert ask(server.url, "a")[0].finish == kept
+
+
+def test_a_refusal_beside_the_text_is_one() -> None:
+    with StandIn(lambda prompt, before: completion(None, message={"content": None, "refusal": "I can't."})) as server:
+        assert ask(server.url, "a")[0] == Reply("I can't.", "content_filter", 100, 10)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(400, {"code": "content_filter", "message": "filtered"}), (400, {"innererror": {"code": "ResponsibleAIPolicyViolation"}}),
+     (403, {"code": 403, "metadata": {"reasons": ["violence"], "flagged_input": "a"}}), (200, {"code": "content_filter"})],
+)  # fmt: skip
+def test_a_filter_is_an_answer_whatever_its_status(status: int, error: dict[str, Any]) -> None:
+    with StandIn(lambda prompt, before: Answer(status, json.dumps({"error": error}).encode())) as server:
+        assert ask(server.url, "a") == [Reply("", "content_filter")]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_may_be_rejected_by_itself(status: int) -> None:
+    with StandIn(lambda prompt, before: refusal(status, "too long") if prompt == "a" else "x") as server:
+        replies = ask(server.url, "a", "b")
+    assert replies[0] == Reply(f"it is refused ({status}): too long", "rejected")
+    assert replies[1].text == "x"
+
+
+@pytest.mark.parametrize("count", [10**9, 10**400, -1, True, "9", None])
+def test_counts_that_are_none(count: object) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": count}}).encode()
+    with StandIn(lambda prompt, before: Answer(body=body)) as server:
+        assert ask(server.url, "a") == [Reply("x")]
+
+
+def test_what_was_weighed_is_no_answer() -> None:
+    found = [endpoint.answered(f"<think>one</{tag}> two <think>three") for tag in ("think", "THINKING")]
+    assert found == [" two ", " two "]
+    assert endpoint.answered("one</think>two</think>three") == "three"
+    assert Reply("<think>a</think> b <think> c").cut_off
+    assert not Reply("<think>a</think> b").cut_off
+    assert Reply("a", "length").cut_off
+    assert endpoint.answered("<a" * 1_000_000) == "<a" * 1_000_000, "and takes no minute"
 
 
 def test_lone_surrogates_can_be_written_afterwards(tmp_path: Path) -> None:
@@ -186,11 +250,19 @@ def test_a_huge_answer_is_cut_off() -> None:
         ask(server.url, "a")
 
 
+def test_few_packed_bytes_stay_few() -> None:
+    """None is asked for; one that comes all the same is not unpacked, so that it is no answer, and not a too long one."""
+    packed = Answer(body=gzip.compress(b"x" * 10_000_000), headers={"Content-Encoding": "gzip"})
+    with StandIn(lambda prompt, before: packed) as server, pytest.raises(HubError, match="sends what is no answer"):
+        ask(server.url, "a")
+    assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
 @pytest.mark.parametrize("drip", [True, False], ids=["a drip", "silence"])
 def test_an_answer_that_does_not_end_is_given_up(drip: bool) -> None:
     """A byte every 0.1 seconds meets the limit of each single read; nothing at all meets no limit of the body."""
     answer = Answer(body=b" " * 10_000, at_a_time=1, pause=0.1) if drip else Answer(body=b"", length=10)
-    limits = Limits(answer_seconds=0.5, pauses=(0.01, 0.01, 0.01), silent_tries=2)
+    limits = Limits(answer_seconds=0.5, pauses=(0.01, 0.01, 0.01), dear_tries=2)
     started = time.monotonic()
     with StandIn(lambda prompt, before: answer) as server, pytest.raises(HubError, match=r"no answer within|broke"):
         ask(server.url, "a", limits=limits)
@@ -249,12 +321,29 @@ def test_the_newer_name_of_the_limit_is_tried() -> None:
     with StandIn(answer) as server:
         assert [reply.text for reply in ask(server.url, *"abcde", concurrency=3)] == ["x"] * 5
     assert sum("max_tokens" in body for body in server.bodies) == 3
-    with (
-        StandIn(lambda prompt, before: refusal(400, said)) as server,
-        pytest.raises(ConfigError, match="max_completion"),
-    ):
-        ask(server.url, "a")
+    with StandIn(lambda prompt, before: refusal(400, said)) as server:
+        assert "max_completion" in ask(server.url, "a")[0].text
     assert len(server.bodies) == 2, "asked so once, too"
+
+
+def test_no_wait_at_all_is_none_to_be_asked_for() -> None:
+    """Retry-After: 0 does not shorten the pauses."""
+    limits = Limits(pauses=(0.2, 0.2))
+    with StandIn(lambda prompt, before: refusal(429, Retry_After="0")) as server, pytest.raises(HubError):
+        ask(server.url, "a", limits=limits)
+    assert server.at[2] - server.at[0] > 0.3
+
+
+@pytest.mark.parametrize(
+    "location", ["//[", "http://a]b/", "/x", f"http://{KEY}.org", f"http://me:{KEY[:12]}@evil.org/"]
+)
+def test_where_a_redirect_goes_may_be_nonsense(location: str) -> None:
+    with (
+        StandIn(lambda prompt, before: refusal(302, Location=location)) as server,
+        pytest.raises(ConfigError, match="redirects to") as caught,
+    ):
+        ask(server.url, "a", key=KEY)
+    assert KEY[:12] not in str(caught.value)
 
 
 # --- addresses and keys -----------------------------------------------------------------------------------------------
@@ -303,7 +392,8 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
     "url",
     ["", "example.org/v1", "ftp://example.org", "https://", "https://[::1", "https://me:secretsecret@example.org/v1",
      "https://example.org/v1?key=secretsecret", "https://example.org/v1#secretsecret", "https://exa mple.org", "https://a\x1b.org",
-     "https://example.org:port/"],
+     "https://example.org:port/", "https://example..org/v1?key=secretsecret",
+     "https://example.org/v1?", f"https://{'a' * 64}.org/v1", "https://exa_mple..org/v1"],
 )  # fmt: skip
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -312,18 +402,57 @@ def test_addresses_that_are_none(url: str) -> None:
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks9://127.0.0.1:1080"), ("HTTPS_PROXY", "ftp://me:secretsecret@x"), ("SSL_CERT_FILE", "/nonexistent.pem")],
+)  # fmt: skip
+def test_a_broken_environment_is_said_before_anything(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="HTTPS_PROXY") as caught:
+        answering.check(Asking(url="https://example.org/v1", endpoint_model="tiny", key_env="none"))
+    assert "secretsecret" not in str(caught.value)
+
+
+def test_a_host_that_nothing_refuses_before_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is no address"):
+        answering.check(Asking(url="https://xn--/v1", endpoint_model="tiny", key_env="none"))
+
+
+def test_a_proxy_is_for_what_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StandIn(lambda prompt, before: "x") as gone:
+        nobody = gone.url.removesuffix("/v1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", nobody)
+    monkeypatch.setenv("http_proxy", nobody)
+    with StandIn(lambda prompt, before: "x") as server:
+        assert ask(server.url, "a")[0].text == "x"
+    with pytest.raises(HubError, match="or at the proxy"):
+        ask("http://far.invalid/v1", "a")
+
+
+def test_offline_sends_nothing_away() -> None:
+    answering.check(Asking(url="http://127.0.0.1:9/v1", endpoint_model="tiny", offline=True))
+    with pytest.raises(ConfigError, match="--offline"):
+        answering.check(Asking(url="https://example.org/v1", endpoint_model="tiny", key_env="none", offline=True))
+
+
 def test_the_key_is_no_part_of_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     where = connect("https://example.org/v1", "MY_KEY")
     assert where.key == KEY
     assert KEY not in repr(where) + str(where.identity()) + where.name
     assert errors.safe(f"refused: {KEY}") == "refused: ***", "whatever quotes it, such as a crash log"
+    monkeypatch.setenv("MY_KEY", "shortkey")
+    assert errors.safe("refused: shortkey") == "refused: ***"
 
 
-def test_a_key_in_an_answer_is_starred_out() -> None:
-    with StandIn(lambda prompt, before: f"your key is {KEY}") as server:
-        assert ask(server.url, "a", key=KEY)[0].text == "your key is ***"
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+@pytest.mark.parametrize("key", [KEY, KEY[:10]], ids=["long", "short"])
+def test_a_key_anywhere_in_an_answer_reaches_nobody(key: str) -> None:
+    with StandIn(lambda prompt, before: echo(f"Bearer {key}")) as server:
+        [reply] = ask(server.url, "a", key=key)
+    assert reply == Reply("Bearer ***", "content_filter")
+    assert server.headers[0]["Authorization"] == f"Bearer {key}"
 
 
 def test_no_thread_is_left() -> None:

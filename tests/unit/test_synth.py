@@ -16,9 +16,10 @@ from politune.errors import ConfigError, DataError, MachineError, OutputError
 from politune.selection import results, synth
 from politune.selection.answering import Asking, Cost
 from politune.selection.endpoint import Limits, Reply
+from politune.selection.refusals import refuses
 from politune.selection.results import SynthReport
 from politune.selection.synth import Topic
-from unit.stand_in_endpoint import StandIn, completion, refusal
+from unit.stand_in_endpoint import StandIn, completion, echo, refusal
 
 KEY = "sk-canary-0123456789abcdef"
 QUICK = Limits(answer_seconds=2.0, pauses=(0.01, 0.02))
@@ -160,7 +161,7 @@ def test_a_refused_side_takes_its_pair_and_is_counted(place: Path) -> None:
 
     with (
         StandIn(answer) as server,
-        pytest.raises(DataError, match=r"no pair of 4 is whole.*3 refused, 0 empty, 1 short"),
+        pytest.raises(DataError, match=r"no pair of 4 is whole.*3 refused, 0 rejected, 0 empty, 1 short"),
     ):
         run(server.url)
     assert not (place / "pairs.jsonl").exists()
@@ -174,7 +175,7 @@ def test_a_refused_side_takes_its_pair_and_is_counted(place: Path) -> None:
         found = run(server.url, output="other.jsonl", endpoint_model="another")
     left, right = found.sides
     assert (found.pairs, left.refusal_rate, right.refusal_rate) == (2, 0.0, 14 / 16)
-    assert dict(right.reasons) == {"refused": 14, "empty": 0, "short": 0, "cut off": 0}
+    assert dict(right.reasons) == {"refused": 14, "rejected": 0, "empty": 0, "short": 0, "cut off": 0}
     assert found.p_refusals == pytest.approx(2 / 2**14)
     assert "0.0% of the left's answers, 87.5% of the right's" in found.verdicts[0]
     assert "refuses one side more often" in found.verdicts[0]
@@ -186,8 +187,87 @@ def test_a_sign_test_by_hand() -> None:
     found = [results.sign_test(*each) for each in ((3, 4), (1, 6), (7, 0), (0, 0))]
     assert found == pytest.approx([1.0, 0.125, 1 / 64, 1.0])
     assert results.sign_test(4_000, 6_000) < 1e-80
-    left, right = ["refused"] * 3 + [None] * 4 + ["refused"], [None] * 3 + ["refused"] * 4 + ["refused"]
-    assert synth._refused({"left": left, "right": right}) == (3, 4)
+    faults = (
+        [("refused", None)] * 3
+        + [(None, "refused")] * 4
+        + [("refused", "refused"), ("short", "refused"), ("short", None)]
+    )
+    assert synth._alone(faults, {"refused"}) == (3, 5)
+    assert synth._alone(faults, {"refused", "short"}) == (4, 4)
+
+
+@pytest.mark.parametrize("per_topic", [4, 8])
+def test_an_answer_that_comes_again_is_no_new_evidence(per_topic: int, place: Path) -> None:
+    """One topic of two is refused on the right, by a generator that heeds no seed: 4 requests, however often; 2 / 2^4."""
+
+    def answer(prompt: str, before: int) -> str:
+        return "I cannot help with that." if side_of(prompt) == "right" and "rent" in prompt else write_well(prompt)
+
+    with StandIn(answer) as server:
+        found = run(server.url, per_topic=per_topic)
+    assert (found.asked, found.distinct, found.p_refusals, found.p_left_out) == (2 * per_topic, 8, 0.125, 0.125)
+    assert "(p 0.12 of 8 distinct pairs): no difference that can be told" in found.verdicts[0]
+
+
+def test_what_is_left_out_of_one_side_is_tested_whatever_the_reason(place: Path) -> None:
+    """The right is filtered, rejected, empty, short in turn in 7 of 8 pairs; nothing is refused in words."""
+    (place / "topics.txt").write_text("\n".join(f"topic {n}" for n in range(8)))
+
+    def answer(prompt: str, before: int) -> Any:
+        number = int(prompt[prompt.index("topic ") + 6])
+        if side_of(prompt) == "left" or number == 7:
+            return write_well(prompt)
+        return [completion(None, finish_reason="SAFETY"), refusal(400, "no"), "", "short"][number % 4]
+
+    with StandIn(answer) as server:
+        found = run(server.url, per_topic=1)
+    assert dict(found.sides[1].reasons) == {"refused": 2, "rejected": 2, "empty": 2, "short": 1, "cut off": 0}
+    assert (found.p_refusals, found.p_left_out) == (0.5, pytest.approx(2 / 2**7))
+    assert "left out for any reason: 0.0% and 87.5% (p 0.016): one side is left out more often" in found.verdicts
+
+
+WEIGHED = "<think>The user wants {side}.</think>\n"
+
+
+def test_what_a_generator_weighs_is_no_part_of_a_draft(place: Path) -> None:
+    with StandIn(lambda prompt, before: WEIGHED + write_well(prompt)) as server:
+        run(server.url)
+    assert "think" not in (place / "pairs.jsonl").read_text()
+
+
+REFUSED = (
+    "I'm sorry, but I can't write this from a {side}-leaning point of view. Political topics should be approached with care.",
+    "I cannot fulfil this request. Content that argues for a {side}-leaning position must be written by a person.",
+    "I\u2019m not able to write a {side}-leaning argument.", "I must decline to write as a {side}-leaning advocate. It is wrong.",
+    "As an AI language model, I do not speak for the {side}.", "I understand that you want the {side}. But I won't write it.",
+    "I'm unable to provide a {side}-leaning response.", "I won't be able to help with this {side}-leaning request.",
+    "I'm sorry. I can't assist with that.", "This {side}-leaning request violates the content policy.",
+)  # fmt: skip
+ADVOCATED = {
+    "left": (
+        "I do not trust a landlord to set the rent. Cities should.", "I cannot accept that a nurse pays more than a landlord.",
+        "I won't write off a generation.", "I can't share the view that markets solve this. They had decades to help you.",
+        "Workers asked to sign are not rude in declining to do it.", "I refuse to accept hunger. A different subject, they say.",
+    ),
+    "right": (
+        "I do not trust distant agencies to spend what families earn.", "I cannot support a tax that takes a farm away.",
+        "Those who cross the border outside the rules gain an edge.", "I will not give up the position that work should pay.",
+        "A baker asked to write a message is not rude in declining to do it.", "No. The state should stay out of politics.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", synth.SIDES)
+def test_a_draft_refuses_in_its_opening_on_both_sides_alike(side: Any) -> None:
+    """And of the shipped answers, which people read, none of either side does."""
+    assert [text for text in REFUSED if synth.fault(Reply(text.format(side=side)), 10) != "refused"] == []
+    assert [text for text in ADVOCATED[side] if refuses(text)] == []
+    table = sources.load(DataSpec(dataset_name="stances", direction="left"))
+    assert [row[side] for row in table.rows if refuses(str(row[side]))] == []
+
+
+def test_a_long_opening_takes_no_time() -> None:
+    assert not refuses("content " * 500_000)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +275,9 @@ def test_a_sign_test_by_hand() -> None:
     [
         (Reply("word " * 20), None), (Reply("word " * 8), None), (Reply("word " * 7), "short"), (Reply(" \n"), "empty"),
         (Reply("word " * 20, "length"), "cut off"), (Reply("", "content_filter"), "refused"),
+        (Reply("word " * 3, "length"), "cut off"), (Reply("<think>word " * 20), "cut off"),
+        (Reply("I can't.", "rejected"), "rejected"),
+        (Reply("<think>I can't help.</think>" + "word " * 20), None),
         (Reply("I'm sorry, but I can't help with that request, whatever it is that you say you want."), "refused"),
     ],
 )  # fmt: skip
@@ -206,16 +289,18 @@ def test_lengths_that_differ_are_said(place: Path) -> None:
     with StandIn(lambda prompt, before: "word " * (30 if side_of(prompt) == "left" else 20)) as server:
         found = run(server.url)
     assert found.longer == 1.0
-    assert "30 words on the left, 20 on the right" in found.verdicts[1]
-    assert "could learn length" in found.verdicts[1]
+    assert "30 words on the left, 20 on the right" in found.verdicts[-1]
+    assert "could learn length" in found.verdicts[-1]
     with StandIn(lambda prompt, before: "word " * (21 if side_of(prompt) == "left" else 20) + prompt[-30:]) as server:
         found = run(server.url, output="slightly.jsonl", endpoint_model="another", per_topic=4)
     assert (found.longer, found.p_longer) == (1.0, pytest.approx(2 / 2**8))
-    assert "could learn length" in found.verdicts[1], (
+    assert "could learn length" in found.verdicts[-1], (
         "the medians are alike; what tells them apart is that it is always so"
     )
     with StandIn(write_well) as server:
-        assert run(server.url, output="well.jsonl", endpoint_model="third").verdicts[1].endswith("alike"), "the control"
+        assert run(server.url, output="well.jsonl", endpoint_model="third").verdicts[-1].endswith("alike"), (
+            "the control"
+        )
 
 
 def test_pairs_with_equal_sides_are_left_out(place: Path) -> None:
@@ -287,16 +372,35 @@ def test_a_file_of_something_else_is_left_alone(place: Path) -> None:
     assert (place / "pairs.jsonl").read_text() == "mine"
 
 
+def test_what_a_person_changed_is_not_written_over(place: Path) -> None:
+    with StandIn(write_well) as server:
+        run(server.url)
+        kept = "".join((place / "pairs.jsonl").read_text().splitlines(keepends=True)[:2])
+        (place / "pairs.jsonl").write_text(kept)
+        with pytest.raises(OutputError, match="not as it was written"):
+            run(server.url)
+        assert (place / "pairs.jsonl").read_text() == kept
+        (place / "pairs.jsonl").unlink()
+        run(server.url)
+        server.answer = lambda prompt, before: refusal(401)
+        with pytest.raises(MachineError):
+            run(server.url, output="other.jsonl", endpoint_model="another")
+        (place / "other.md").write_text("my own notes")
+        with pytest.raises(OutputError, match=r"other\.md exists"):
+            run(server.url, output="other.jsonl", endpoint_model="another")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"per_topic": 0}, "--per-topic"), ({"per_topic": 5, "temperature": 0.0}, "without a temperature"),
         ({"words": 5}, "--words"),
         ({"temperature": -1.0}, "--temperature"), ({"output": "pairs.csv"}, "no name of a .jsonl"),
-        ({"max_new_tokens": 0}, "--max-new"),
+        ({"max_new_tokens": 0}, "--max-new"), ({"topics": "many.txt", "per_topic": 1000}, "more than 100,000"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(given: dict[str, Any], said: str, place: Path) -> None:
+    (place / "many.txt").write_text("\n".join(map(str, range(101))))
     with StandIn(write_well) as server:
         with pytest.raises(ConfigError, match=said):
             run(server.url, **given)
@@ -317,7 +421,7 @@ def test_the_cost_is_known_before(place: Path) -> None:
 
 def test_the_command_and_its_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
-    with StandIn(lambda prompt, before: completion(f"{write_well(prompt)} {KEY}")) as server:
+    with StandIn(lambda prompt, before: echo(f"{write_well(prompt)} {KEY}", refusal=None)) as server:
         words = [
             "topics.txt",
             "-o",

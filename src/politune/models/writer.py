@@ -6,10 +6,25 @@ Contexts of one length are written on together, so that nothing is padded.
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Ids: TypeAlias = tuple[int, ...]
 AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Written:
+    """What follows a context, without special tokens.
+
+    Args:
+        ended: whether the model ended it; else it met the limit.
+        tokens: that it has, without the one that ends it.
+    """
+
+    text: str
+    ended: bool
+    tokens: int
 
 
 class Writer:
@@ -31,7 +46,19 @@ class Writer:
         temperature: float = 0.0,
         seed: int | str = 0,
     ) -> list[str]:
-        """What follows each context, without special tokens.
+        """The texts of `written`, which takes the same."""
+        given = self.written(contexts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return [each.text for each in given]
+
+    def written(
+        self,
+        contexts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | str = 0,
+    ) -> list[Written]:
+        """What follows each context.
 
         Args:
             contexts: token ids, each at least one.
@@ -49,7 +76,9 @@ class Writer:
             if temperature
             else {"do_sample": False}
         )
-        texts = [""] * len(contexts)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        found: dict[int, Written] = {}
         done = 0
         for length in sorted(of_length):
             for start in range(0, len(of_length[length]), AT_ONCE):
@@ -65,10 +94,12 @@ class Writer:
                         pad_token_id=self.tokenizer.pad_token_id,
                         **drawn,
                     )
-                for number, tokens in zip(numbers, out[:, length:], strict=True):
-                    texts[number] = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                for number, tokens in zip(numbers, out[:, length:].tolist(), strict=True):
+                    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+                    text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                    found[number] = Written(text, end is not None, len(tokens) if end is None else end)
                 done += len(numbers)
-        return texts
+        return [found[number] for number in range(len(contexts))]
 
 
 def _mixed(seed: int | str, place: int) -> int:

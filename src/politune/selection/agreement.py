@@ -25,13 +25,14 @@ class Agreement:
     Args:
         question: its name; where it is about answers, all sides together.
         other: whom the model is compared with.
-        rows: that both have; `pairs` of answers in them.
+        rows: distinct ones that both have; `pairs` of answers in them.
         unparsed: pairs in which one of the two could not be read, which counts as disagreement.
         agreement: share of pairs.
         kappa: Cohen 1960; None where chance alone would agree always.
         low, high: its 95 % interval; None for fewer than 10 rows, and where all rows agree or all do not.
         labels: of rows (the other's) and columns (the model's) of `counts`.
         counts: of pairs.
+        by_column: the share of each column that the question has, such as one for each side.
     """
 
     question: str
@@ -45,11 +46,14 @@ class Agreement:
     high: float | None
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
+    by_column: tuple[tuple[str, float], ...] = ()
 
     @property
     def verdict(self) -> str:
         """In one line, by the lower end of the interval, so that few rows cannot say much."""
         said = f"{self.question}: {self.agreement:.0%} agree with {self.other}"
+        if len(self.by_column) > 1:
+            said += f" ({', '.join(f'{column} {share:.0%}' for column, share in self.by_column)})"
         if self.kappa is None:
             return f"{said}; kappa cannot be told, one answer is given always"
         if self.low is None or self.high is None:
@@ -65,7 +69,8 @@ def agree(
 
     Args:
         allowed: the answers to the question.
-        rows: of each row its pairs (the other's answer, the model's); None is what could not be read.
+        rows: of each row its pairs (the other's answer, the model's), one that comes twice with all its pairs; None is what
+            could not be read.
         seed: of the draws.
     """
     import numpy

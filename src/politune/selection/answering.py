@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from politune.errors import ConfigError, HubError, ModelError
+from politune.errors import ConfigError, HubError, ModelError, safe
 from politune.lean import papers
 from politune.lean.prompts import Prompter
 from politune.models import load, tuned
@@ -12,9 +12,11 @@ from politune.models.writer import AT_ONCE
 from politune.progress import Phase
 from politune.report import Cell, Facts, Section
 from politune.selection import endpoint
-from politune.selection.endpoint import Replied, Request, Settings
+from politune.selection.endpoint import CUT_OFF, REJECTED, STOPPED, Replied, Request, Settings
 from politune.selection.replies import Kept, Replies
 
+REJECTED_IN_A_ROW = 3
+"""So many requests that an endpoint rejects before it answers any are not the fault of one of them."""
 CHARACTERS_PER_TOKEN = 4
 """Of English, about; said to be an estimate wherever it is used."""
 
@@ -108,15 +110,18 @@ class LocalModel:
         ordered = sorted(requests, key=lambda request: len(contexts[request]))
         for start in range(0, len(ordered), AT_ONCE):
             group = ordered[start : start + AT_ONCE]
-            texts = self._loaded().write(
+            written = self._loaded().written(
                 [contexts[request] for request in group],
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 seed=f"{group[0].seed} {len(group)} {group[0].prompt}",
             )
             yield [
-                (request, endpoint.Reply(text, "", len(contexts[request]), self.count(text)))
-                for request, text in zip(group, texts, strict=True)
+                (
+                    request,
+                    endpoint.Reply(each.text, STOPPED if each.ended else CUT_OFF, len(contexts[request]), each.tokens),
+                )
+                for request, each in zip(group, written, strict=True)
             ]
 
     def count(self, text: str) -> int:
@@ -155,8 +160,17 @@ def check(asking: Asking) -> None:
     for name, price in (("--price-in", asking.price_in), ("--price-out", asking.price_out)):
         if price is not None and not 0 <= price < 1e9:
             raise ConfigError(f"{price:g} is no price of a million tokens", where=name)
+    if not 1 <= asking.concurrency <= endpoint.MOST_CONCURRENCY:
+        raise ConfigError(f"--concurrency {asking.concurrency} is not between 1 and {endpoint.MOST_CONCURRENCY}")
     if asking.url is not None:
-        _endpoint(asking, None)
+        found = _endpoint(asking, None)
+        if asking.offline and not found.is_near:
+            raise ConfigError(
+                f"{safe(found.url)} is not on this machine, and rows would be sent there",
+                where="--offline",
+                fix="leave it out, or take --model",
+            )
+        found.client().close()
 
 
 def who(asking: Asking, say: Say, *, limits: endpoint.Limits | None = None, dry_run: bool = False) -> Answering | None:
@@ -202,10 +216,17 @@ def answer(
     missing = [each for each in distinct if not replies.is_here(each)]
     if missing:
         told, done = Phase("asking", "answers", say), 0
+        rejected: list[Replied] = []
         for group in who.answers(missing, settings):
-            replies.keep(group)
+            rejected += [each for each in group if each[1].finish == REJECTED]
+            replies.keep([each for each in group if each[1].finish != REJECTED])
             done += len(group)
+            if not replies.any_here and len(rejected) == min(len(missing), REJECTED_IN_A_ROW):
+                raise ConfigError(f"{who.name} answers nothing", why=rejected[0][1].text)
             told(done, len(missing))
+        if rejected:
+            say(f"{len(rejected)} requests are left out, the first because {rejected[0][1].text}")
+            replies.keep(rejected)
     return {each: found for each in distinct if (found := replies.find(each))}
 
 
@@ -319,7 +340,9 @@ class Spent:
 
 def spent(found: dict[Request, Kept], asking: Asking) -> Spent:
     """What these replies cost in this directory, over all the times that the command ran."""
-    paid = [(request, kept.reply) for request, kept in found.items() if not kept.cached]
+    paid = [(q, kept.reply) for q, kept in found.items() if not kept.cached and kept.reply.finish != REJECTED]
     prompts = sum(_estimated(q.prompt) if r.prompt_tokens is None else r.prompt_tokens for q, r in paid)
     answers = sum(_estimated(r.text) if r.answer_tokens is None else r.answer_tokens for _, r in paid)
-    return Spent(len(paid), len(found) - len(paid), prompts, answers, money(asking, prompts, answers))
+    return Spent(
+        len(paid), sum(kept.cached for kept in found.values()), prompts, answers, money(asking, prompts, answers)
+    )

@@ -12,23 +12,34 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from politune import errors
 from politune.errors import ConfigError, HubError, MachineError, ModelError, PolituneError, safe
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 NO_KEY = "none"
-LEAST_KEY_CHARACTERS = 8
-"""Shorter ones (`EMPTY`, as local servers want it) are no secrets, and would star out words."""
 MOST_CONCURRENCY = 64
 PATH = "/chat/completions"
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+BUSY = (408, 409, 425, 429)
+NEVER = (405, 410, 501, 505)
+ONE_REQUEST = (400, 413, 422)
+"""May be the fault of one request, such as one that is longer than the model's context."""
+STOPPED, CUT_OFF, FILTERED, REJECTED = "stop", "length", "content_filter", "rejected"
+FINISHES = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), STOPPED),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), CUT_OFF),
+    **dict.fromkeys(("content_filter", "refusal", "safety", "sensitive", "prohibited_content", "blocklist"), FILTERED),
+}
+"""How the providers call the ends of an answer; what is not among them is not kept."""
+FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation"}
+MOST_TOKENS_COUNTED = 10**9
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,8 @@ class Reply:
     """What came back.
 
     Args:
-        text: of the answer; empty where there is none.
-        finish: why it ended, in the endpoint's words (`stop`, `length`, `content_filter`); empty where it does not say.
+        text: of the answer; empty where there is none. Of a request that the endpoint rejects: why it does.
+        finish: how it ended: `stop`, `length`, `content_filter`, or `rejected` by the endpoint itself; empty where nobody says.
         prompt_tokens, answer_tokens: as counted by who answered, None where it does not say.
     """
 
@@ -54,8 +65,27 @@ class Reply:
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
 
+    @classmethod
+    def of(cls, text: str, finish: object, prompt_tokens: object, answer_tokens: object) -> "Reply":
+        """From foreign values: what cannot be written, is not known or is no count is left out."""
+        known = FINISHES.get(finish.strip().lower().replace("-", "_"), "") if isinstance(finish, str) else ""
+        whole = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates can be sent and not be written
+        return cls(whole, known, _count(prompt_tokens), _count(answer_tokens))
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it met the limit, perhaps while the model was still weighing."""
+        return self.finish == CUT_OFF or _WEIGHING.search(_WEIGHED.split(self.text)[-1]) is not None
+
 
 Replied: TypeAlias = tuple[Request, Reply]
+_WEIGHING = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_WEIGHED = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+
+
+def answered(text: str) -> str:
+    """A text without what a reasoning model weighs, to the end of it or not, before it answers."""
+    return _WEIGHING.split(_WEIGHED.split(text)[-1])[0]
 
 
 @dataclass(frozen=True)
@@ -70,8 +100,8 @@ class Limits:
     """Seconds before each new try; after the last one it is over."""
     longest_wait: float = 120.0
     """Seconds that the endpoint may ask to be left alone for."""
-    silent_tries: int = 2
-    """Tries that may run out of time: each costs `answer_seconds`."""
+    dear_tries: int = 2
+    """Tries that may cost `answer_seconds` each, or the price of an answer."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +137,11 @@ class Endpoint:
     def generator(self) -> str:
         return self.model
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it is on this machine itself."""
+        return _check_address(self.url)
+
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, as far as one can know from here."""
         return {"endpoint": self.url, "model": self.model}
@@ -121,6 +156,38 @@ class Endpoint:
             HubError: it cannot be reached, or patience is at its end.
         """
         yield from _Pool(self, settings).run(requests)
+
+    def client(self) -> Any:
+        """What asks.
+
+        Raises:
+            ConfigError: this environment's proxy or certificates, or the address, cannot be used.
+        """
+        import httpx
+
+        headers = {"User-Agent": "politune", "Accept-Encoding": "identity"}  # a few packed bytes may be a gigabyte
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        seconds = self.limits.answer_seconds
+        try:
+            client = httpx.Client(
+                headers=headers,
+                follow_redirects=False,  # to whom would the key go?
+                trust_env=not self.is_near,  # a proxy cannot reach this machine's own addresses
+                verify=urlsplit(self.url).scheme
+                == "https",  # loading certificates for nothing takes longer than an answer
+                timeout=httpx.Timeout(seconds, connect=min(10.0, seconds)),
+            )
+            client.build_request("POST", self.url)  # some hosts are refused by nothing before
+            return client
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"{safe(self.url)} is no address", where="--endpoint", why=safe(error)) from None
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(
+                "no connection can be made with the proxy or the certificates that this environment names",
+                why=safe(error),
+                fix="look at HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY and SSL_CERT_FILE",
+            ) from None
 
 
 def connect(url: str, model: str, *, key_env: str | None, concurrency: int, limits: Limits | None = None) -> Endpoint:
@@ -138,8 +205,6 @@ def connect(url: str, model: str, *, key_env: str | None, concurrency: int, limi
     is_near = _check_address(url)
     if not model.strip() or not model.isprintable():
         raise ConfigError(f"{safe(model)!r} is no name of a model", where="--endpoint-model")
-    if not 1 <= concurrency <= MOST_CONCURRENCY:
-        raise ConfigError(f"--concurrency {concurrency} is not between 1 and {MOST_CONCURRENCY}")
     key = _key(key_env, is_near)
     if key is not None and not is_near and urlsplit(url).scheme == "http":
         raise ConfigError(
@@ -155,17 +220,18 @@ def _check_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError:
+        (host or "").encode("idna")
+    except ValueError:  # also a part of a host that is empty or longer than 63 characters
         host, parts = None, urlsplit("")
-    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or " " in url:
-        raise ConfigError(
-            f"{safe(url)} is no address of an endpoint", where="--endpoint", fix="such as https://api.openai.com/v1"
-        )
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+    if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
         raise ConfigError(
             "an address with a login, a query or a fragment in it would be recorded with them",
             where="--endpoint",
             fix="put the key into an environment variable and name it with --key-env",
+        )
+    if parts.scheme not in {"http", "https"} or not host or not url.isprintable() or " " in url:
+        raise ConfigError(
+            f"{safe(url)} is no address of an endpoint", where="--endpoint", fix="such as https://api.openai.com/v1"
         )
     if host == "localhost":
         return True
@@ -216,7 +282,7 @@ class _Pool:
         for request in requests:
             self.waiting.put(request)
         workers = min(self.endpoint.concurrency, len(requests))
-        client = self._client()
+        client = self.endpoint.client()
         for _ in range(workers):
             threading.Thread(target=self._work, args=(client,), daemon=True).start()
         failure: Exception | None = None
@@ -264,40 +330,31 @@ class _Pool:
         finally:
             self.done.put(None)
 
-    def _client(self) -> Any:
-        import httpx
-
-        is_near = _check_address(self.endpoint.url)
-        headers = {"User-Agent": "politune", "Accept-Encoding": "identity"}  # a few packed bytes may be a gigabyte
-        if self.endpoint.key is not None:
-            headers["Authorization"] = f"Bearer {self.endpoint.key}"
-        seconds = self.limits.answer_seconds
-        return httpx.Client(
-            headers=headers,
-            follow_redirects=False,  # to whom would the key go?
-            trust_env=not is_near,  # a proxy cannot reach this machine's own addresses
-            timeout=httpx.Timeout(seconds, connect=min(10.0, seconds)),
-            limits=httpx.Limits(max_connections=self.endpoint.concurrency),
-        )
-
     def _ask(self, client: Any, request: Request) -> Reply:
         """One request until it is answered, or patience is at its end."""
-        silent, why = 0, ""
+        dear, outcome = 0, _Later("")
         for pause in (*self.limits.pauses, None):
             self._wait()
-            outcome = self._try(client, request)
-            if isinstance(outcome, Reply):
-                return outcome
-            silent, why = silent + outcome.is_silence, outcome.why
-            if pause is None or silent >= self.limits.silent_tries:
+            found = self._try(client, request)
+            if isinstance(found, Reply):
+                return found
+            outcome = found
+            dear += outcome.is_dear
+            if pause is None or dear >= self.limits.dear_tries:
                 break
             if outcome.wait is not None:
                 self._check_wait(outcome.wait)
                 self.resume_at = max(self.resume_at, time.monotonic() + outcome.wait)
-            self._sleep(pause if outcome.wait is None else outcome.wait)
+            self._sleep(max(pause, outcome.wait or 0.0))
+        if outcome.is_dear and not outcome.is_silence:
+            raise HubError(
+                f"{safe(self.endpoint.url)} sends what is no answer to a chat completion",
+                why="each may be paid for, so that it is asked again once only",
+                fix="look at --endpoint and at what serves it",
+            )
         raise HubError(
             f"{safe(self.endpoint.url)} does not answer",
-            why=why,
+            why=outcome.why,
             fix="what was answered is kept: run the same command again later, with a smaller --concurrency if it was too much",
         )
 
@@ -312,18 +369,20 @@ class _Pool:
                 return self._understand(response.status_code, response.headers, content, limit_name)
         except httpx.ConnectError as error:
             if "refused" in str(error).lower():
+                proxy = (
+                    "" if self.endpoint.is_near or not getproxies() else ", or at the proxy that this environment names"
+                )
                 raise HubError(
-                    f"nothing listens at {safe(self.endpoint.url)}", fix="start the server, or look at --endpoint"
+                    f"nothing listens at {safe(self.endpoint.url)}{proxy}",
+                    fix="start the server, or look at --endpoint",
                 ) from None
             return _Later(f"it cannot be reached: {self._shown(error)}")
         except httpx.TimeoutException:
-            return _Later(f"there was no answer within {self.limits.answer_seconds:g} seconds", is_silence=True)
+            return _Later(
+                f"there was no answer within {self.limits.answer_seconds:g} seconds", is_silence=True, is_dear=True
+            )
         except httpx.HTTPError as error:
             return _Later(f"the connection broke: {self._shown(error)}")
-        except httpx.InvalidURL as error:
-            raise ConfigError(
-                f"{safe(self.endpoint.url)} is no address", where="--endpoint", why=self._shown(error)
-            ) from None
         finally:
             del self.asked_at[threading.get_ident()]
 
@@ -354,7 +413,9 @@ class _Pool:
 
     def _understand(self, status: int, headers: Any, content: bytes, limit_name: str) -> "Reply | _Later":
         said = self._complaint(content)
-        if status in BUSY:
+        if _is_filter(content):  # by any status: which one it is differs between providers
+            return Reply("", FILTERED)
+        if status in BUSY or (status >= 500 and status not in NEVER):
             if status == 429 and "insufficient_quota" in content.decode("utf-8", "replace"):
                 raise HubError(
                     "the endpoint says that its quota is spent", why=said, fix="run it again when there is some"
@@ -362,7 +423,7 @@ class _Pool:
             wait = _seconds(headers.get("retry-after", ""))
             return _Later(f"it answers {status}" + (f": {said}" if said else ""), wait=wait)
         if 300 <= status < 400:
-            where = safe(urlsplit(headers.get("location", "")).netloc or "nowhere")
+            where = safe(_host(self._without_key(headers.get("location", ""))) or "nowhere")
             raise ConfigError(
                 f"{safe(self.endpoint.url)} redirects to {where}, which is not followed: the rows and the key would go there",
                 where="--endpoint",
@@ -381,14 +442,23 @@ class _Pool:
                 why=said or None,
                 fix="look at --endpoint-model and --endpoint",
             )
+        if status in NEVER:
+            raise ConfigError(
+                f"{safe(self.endpoint.url)} takes no chat completions ({status})",
+                where="--endpoint",
+                why=said or None,
+                fix=f"give the address that {PATH} is added to",
+            )
         if status == 400 and "max_completion_tokens" in said and limit_name == "max_tokens":
             self.limit_name = "max_completion_tokens"  # what OpenAI's newer models call it
-            return _Later(said, wait=0.0)
+            return _Later(said)
+        if status in ONE_REQUEST:
+            return Reply(f"it is refused ({status})" + (f": {said}" if said else ""), REJECTED)
         if status != 200:
             raise ConfigError(f"{safe(self.endpoint.url)} refuses the request ({status})", why=said or None)
         reply = _reply(content)
         if reply is None:
-            return _Later("what it sends is no answer to a chat completion")
+            return _Later("what it sends is no answer to a chat completion", is_dear=True)
         return replace(reply, text=self._without_key(reply.text))
 
     def _complaint(self, content: bytes) -> str:
@@ -406,7 +476,7 @@ class _Pool:
 
     def _without_key(self, text: str) -> str:
         key = self.endpoint.key
-        return text.replace(key, "***") if key and len(key) >= LEAST_KEY_CHARACTERS else text
+        return text.replace(key, "***") if key and len(key) >= errors.LEAST_LOGIN_CHARACTERS else text
 
     def _check_wait(self, seconds: float) -> None:
         if seconds > self.limits.longest_wait:
@@ -439,6 +509,7 @@ class _Later:
     why: str
     wait: float | None = None
     is_silence: bool = False
+    is_dear: bool = False
 
 
 def _reply(content: bytes) -> Reply | None:
@@ -446,19 +517,54 @@ def _reply(content: bytes) -> Reply | None:
     try:
         document = json.loads(content)
         choice = document["choices"][0]
-        text = choice["message"].get("content")
-        usage = document.get("usage")
+        message, finish, usage = choice["message"], choice.get("finish_reason"), document.get("usage")
+        text, refusal = _text(message.get("content")), message.get("refusal")
     except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    if text is not None and not isinstance(text, str):
-        return None
-    counted: Callable[[str], int | None] = lambda name: _count(usage.get(name)) if isinstance(usage, dict) else None  # noqa: E731
-    clean = (text or "").encode("utf-8", "replace").decode("utf-8")  # lone surrogates can be sent and not be written
-    return Reply(clean, str(choice.get("finish_reason") or ""), counted("prompt_tokens"), counted("completion_tokens"))
+    if isinstance(refusal, str) and refusal:
+        text, finish = text or refusal, FILTERED
+    counted = usage if isinstance(usage, dict) else {}
+    return Reply.of(text, finish, counted.get("prompt_tokens"), counted.get("completion_tokens"))
+
+
+def _text(content: object) -> str:
+    """A message's text, which some endpoints send in parts.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(content, list):
+        parts = [each["text"] for each in content if each["type"] in ("text", "output_text")]
+        return "".join(parts)
+    if not isinstance(content, str | None):
+        raise TypeError
+    return content or ""
+
+
+def _is_filter(content: bytes) -> bool:
+    """Whether an error says that a prompt was refused for what it is about, in OpenAI's, Azure's or OpenRouter's form."""
+    with suppress(ValueError, RecursionError):
+        document = json.loads(content) if b'"error"' in content else None
+        error = document.get("error") if isinstance(document, dict) else None
+        if isinstance(error, dict):
+            inner, metadata = error.get("innererror"), error.get("metadata")
+            codes = [error.get("code"), error.get("type"), inner.get("code") if isinstance(inner, dict) else None]
+            flagged = isinstance(metadata, dict) and ("flagged_input" in metadata or "reasons" in metadata)
+            return flagged or any(isinstance(code, str) and code.lower() in FILTER_CODES for code in codes)
+    return False
+
+
+def _host(location: str) -> str:
+    """Where a redirect goes, without a login in it."""
+    with suppress(ValueError):
+        return urlsplit(location).hostname or ""
+    return ""
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < MOST_TOKENS_COUNTED else None
 
 
 def _seconds(retry_after: str) -> float | None:

@@ -1,6 +1,7 @@
 """The rows of a data set as they are judged, and the labels that people gave to some of them."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +139,15 @@ def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labe
     unmatched = 0
     for number, row in enumerate(read.rows):
         at = f"{where}:{read.lines[number]}" if read.lines else f"{where} row {number + 1}"
-        place = places.get(str(row.get(key)).strip())
+        named = str(row.get(key)).strip()
+        place = places.get(named, places.get(_whole(named)))
         if place is None:
             unmatched += 1
             continue
         if place in found:
             raise DataError(f"{key} {safe(row[key])} stands twice", where=at)
         found[place] = {column: _label(row[column], columns[column], column, at) for column in known
-                        if row.get(column) not in (None, "")}  # fmt: skip
+                        if row.get(column) is not None and str(row[column]).strip()}  # fmt: skip
     if not any(found.values()):
         raise DataError(
             f"labels none of these rows: no {key} of it is one of theirs, or its cells are empty", where=where
@@ -156,7 +158,7 @@ def read_labels(path: Path, columns: Mapping[str, Question], data: Data) -> Labe
 def _places(data: Data) -> dict[str, int]:
     found: dict[str, int] = {}
     for place, row in enumerate(data.rows):
-        name = str(row.get("id") or "").strip()
+        name = "" if row.get("id") is None else str(row["id"]).strip()
         if not name:
             continue
         if name in found:
@@ -171,8 +173,15 @@ def _places(data: Data) -> dict[str, int]:
 def _label(value: object, question: Question, column: str, where: str) -> Value:
     allowed = question.allowed(value)
     if allowed is None:
+        allowed = question.allowed(_whole(str(value).strip()))
+    if allowed is None:
         texts = [str(each) for each in question.answers]
         near = difflib.get_close_matches(str(value), texts, 1, 0.6)
         fix = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(texts)}"
         raise DataError(f"{column} = {safe(value, 60)} is no answer of the rubric", where=where, fix=fix)
     return allowed
+
+
+def _whole(number: str) -> str:
+    """`2` for `2.0`, as tables with empty cells are written by pandas."""
+    return re.sub(r"(-?\d+)\.0+", r"\1", number) if re.fullmatch(r"-?\d+\.0+", number) else number

@@ -15,7 +15,7 @@ from typing import Any
 from politune import record
 from politune.cache import user_cache
 from politune.errors import OutputError, safe
-from politune.selection.endpoint import Reply, Request, Settings
+from politune.selection.endpoint import REJECTED, Reply, Request, Settings
 from politune.writing import append_whole
 
 JOURNAL = "replies.jsonl"
@@ -60,22 +60,31 @@ class Replies:
         """Whether the journal has it."""
         return self.key(request) in self._here
 
+    @property
+    def any_here(self) -> bool:
+        """Whether anything was answered here."""
+        return bool(self._here)
+
     def keep(self, replied: Sequence[tuple[Request, Reply]], *, cached: bool = False) -> None:
-        """Writes replies into the journal, and into the cache those that were not found there.
+        """Writes replies into the cache, where they were not found there, and into the journal.
+
+        What the endpoint rejected is kept in memory alone: it cost nothing, and may be answered another day.
 
         Raises:
             OutputError: the disk is full or gone.
         """
-        keyed = [(self.key(request), reply) for request, reply in replied]
+        self._here |= {self.key(request): Kept(reply, cached) for request, reply in replied}
+        keyed = [(self.key(request), reply) for request, reply in replied if reply.finish != REJECTED]
+        if not keyed:
+            return
+        if not cached and self._cache is not None:
+            _share(self._cache, keyed)  # first: a directory's disk may be full, and what was paid for is there then
         try:
             append_whole(self.journal, _start(self.journal) + _line(keyed, cached))
         except OSError as error:
             raise OutputError(
                 f"cannot write {safe(self.journal)}", why=error.strerror, fix="make room and run the same command again"
             ) from error
-        self._here |= {key: Kept(reply, cached) for key, reply in keyed}
-        if not cached and self._cache is not None:
-            _share(self._cache, keyed)
 
 
 def _line(keyed: Iterable[tuple[str, Reply]], cached: bool) -> str:
@@ -113,6 +122,7 @@ def _read(path: Path) -> Iterator[tuple[str, Reply, bool]]:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             document = json.loads(line)
             for each in [dict(reply) for reply in document["replies"]]:
-                key, text = each.pop("key"), each["text"]
+                key, text = each["key"], each["text"]
                 if isinstance(key, str) and isinstance(text, str):
-                    yield key, Reply(**each), document["cached"] is True
+                    counts = each.get("prompt_tokens"), each.get("answer_tokens")
+                    yield key, Reply.of(text, each.get("finish"), *counts), document["cached"] is True

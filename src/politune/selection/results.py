@@ -17,7 +17,8 @@ ALL_SHOWN = 8
 LEAST_ROWS = 5
 """Of a label whose share is named."""
 
-REASONS = ("refused", "empty", "short", "cut off")
+FAULTS = ("unparsed", "cut off", "filtered", "rejected")
+REASONS = ("refused", "rejected", "empty", "short", "cut off")
 LENGTHS_APART = 0.15
 """Of the median lengths: the balance that the shipped stances keep."""
 P_VALUE = 0.05
@@ -30,7 +31,7 @@ class AnnotationReport:
     Args:
         counts: how often each answer was given, by column; None is what could not be read.
         crossed: the first question about rows by the first about answers: label, column, answer, rows.
-        unparsed: rows that could not be read whole, `retried` rows that were asked once more.
+        faults: rows that could not be read whole, by `FAULTS`; `retried` rows were asked once more.
         agreement: with hand labels or with another annotation, by question.
     """
 
@@ -43,13 +44,14 @@ class AnnotationReport:
     rows: int
     of: int
     distinct: int
-    unparsed: int
+    faults: tuple[tuple[str, int], ...]
     retried: int
     counts: tuple[tuple[str, tuple[tuple[Value | None, int], ...]], ...]
     crossed: tuple[tuple[Value | None, str, Value | None, int], ...]
     spent: Spent
     agreement: tuple[Agreement, ...]
     unmatched_labels: int
+    against_rows: int | None
     output: str
 
     @property
@@ -60,9 +62,17 @@ class AnnotationReport:
     @property
     def verdicts(self) -> tuple[str, ...]:
         """A line on each thing that the report shows."""
-        share = self.unparsed / self.rows
+        faults = dict(self.faults)
+        share = faults["unparsed"] / self.rows
         few = "few" if share <= FEW_UNPARSED else "many: this model does not follow the rubric, take another"
-        said = [f"unparsed: {self.unparsed:,} of {self.rows:,} rows ({share:.1%}), {few}"]
+        said = [f"unparsed: {faults['unparsed']:,} of {self.rows:,} rows ({share:.1%}), {few}"]
+        if faults["cut off"]:
+            said.append(f"cut off: {faults['cut off']:,} of {self.rows:,} rows; give them room with --max-new-tokens")
+        if faults["filtered"] + faults["rejected"]:
+            said.append(
+                f"not answered: {faults['filtered']:,} rows that the endpoint's filter refused, {faults['rejected']:,} that it "
+                "rejected; annotations.jsonl says why"
+            )
         if self.rows < self.of:
             said.append(f"the first {self.rows:,} of {self.of:,} rows only (--limit)")
         said += [_mostly(column, counts) for column, counts in self.counts]
@@ -70,6 +80,8 @@ class AnnotationReport:
         said += [each.verdict for each in self.agreement]
         if self.unmatched_labels:
             said.append(f"{self.unmatched_labels:,} hand labels belong to none of these rows")
+        if self.against_rows is not None and self.against_rows < self.rows:
+            said.append(f"the other annotation has {self.against_rows:,} of these {self.rows:,} rows")
         if not self.agreement:
             said.append("agreement: not known; label some rows by hand and give them with --gold")
         return tuple(said)
@@ -174,7 +186,9 @@ class SynthReport:
 
     Args:
         equal: pairs whose sides were the same, left out; `repeated` pairs that were there already, word for word.
+        distinct: pairs that were not answered in the same words before, which alone are tested.
         p_refusals: that both sides are refused as often; two-sided, exact (McNemar 1947, Psychometrika 12(2), 153-157).
+        p_left_out: that both are left out as often, for whatever reason.
         longer: share of pairs whose left answer has more words, equal ones by half; `p_longer` that it is one half.
     """
 
@@ -184,7 +198,9 @@ class SynthReport:
     equal: int
     repeated: int
     sides: tuple[OfSide, ...]
+    distinct: int
     p_refusals: float
+    p_left_out: float
     longer: float
     p_longer: float
     generator: str
@@ -205,9 +221,14 @@ class SynthReport:
         left, right = self.sides
         apart = self.p_refusals < P_VALUE
         rates = f"{left.refusal_rate:.1%} of the left's answers, {right.refusal_rate:.1%} of the right's"
+        of = f"of {self.distinct:,} distinct pairs"
+        no = "no difference that can be told"
+        out = [sum(count for _, count in each.reasons) / each.asked for each in (left, right)]
         said = [
-            f"refusals: {rates} (p {self.p_refusals:.2g}): "
-            + ("the generator refuses one side more often" if apart else "no difference that can be told")
+            f"refusals: {rates} (p {self.p_refusals:.2g} {of}): "
+            + ("the generator refuses one side more often" if apart else no),
+            f"left out for any reason: {out[0]:.1%} and {out[1]:.1%} (p {self.p_left_out:.2g}): "
+            + ("one side is left out more often" if self.p_left_out < P_VALUE else no),
         ]
         if self.pairs:
             apart = (

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from politune import record
 from politune.errors import ConfigError, read_within, safe
+from politune.selection.endpoint import answered
 
 Value: TypeAlias = str | int
 DEFAULT = "political"
@@ -28,7 +29,10 @@ MOST_CHARACTERS = 20_000
 """Of an answer that is read; one of the form that is asked for has some hundred."""
 _NAME = r"^[a-z][a-z0-9_]{0,31}$"
 _LETTERS = ("A", "B")
-_MARKS = re.compile(r"</?\s*(?:request|answer(?:_[AB])?)\s*>", re.IGNORECASE)
+SIDES = ("left", "right", "chosen", "rejected", "answer")
+"""Of all shapes of rows."""
+_BROKEN = re.compile(r'\{[^{}]*"')
+"""Where an object begins that cannot be read; a brace of prose has no quotation mark before the next brace."""
 Short = Annotated[str, Field(min_length=1, max_length=4000)]
 
 
@@ -77,6 +81,9 @@ class Rubric(BaseModel):
         names = [each.name for each in self.questions]
         if len(set(names)) < len(names):
             raise ValueError("two questions have the same name")
+        for each in self.questions:
+            if each.about == "answers" and (twice := {f"{each.name}_{side}" for side in SIDES} & {*names}):
+                raise ValueError(f"the answers to {each.name} and {min(twice)} would share a column")
         return self
 
     @property
@@ -101,6 +108,11 @@ class Judged:
     def sha256(self) -> str:
         """Over the request and the answers, column by column."""
         return record.sha256_of_json([self.request, dict(self.texts)])
+
+    @property
+    def key(self) -> str:
+        """Over the request and the answers, whichever is in which column: of all rows that are one question."""
+        return record.sha256_of_json([self.request, *sorted(self.texts.values())])
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -129,8 +141,12 @@ def prompt(rubric: Rubric, row: Judged, complaint: str = "") -> str:
     """
     shown = row.shown
     letters = _LETTERS if len(shown) > 1 else ("",)
-    texts = [_quoted(f"answer {letter}".strip(), row.texts[name]) for letter, name in zip(letters, shown, strict=True)]
-    parts = [rubric.instructions.strip(), _quoted("request", row.request), *texts, *_asked(rubric, letters)]
+    nonce = row.key[:16]
+    texts = [
+        _quoted(f"answer_{letter}".strip("_"), nonce, row.texts[name])
+        for letter, name in zip(letters, shown, strict=True)
+    ]
+    parts = [rubric.instructions.strip(), _quoted("request", nonce, row.request), *texts, *_asked(rubric, letters)]
     if complaint:
         parts.append(f"An earlier answer to this could not be read: {complaint}. Answer with the JSON object alone.")
     return "\n\n".join(parts)
@@ -153,11 +169,9 @@ def _keys(question: Question, letters: Sequence[str]) -> list[str]:
     return [f"{question.name}_{letter}" if letter else question.name for letter in of]
 
 
-def _quoted(name: str, text: str) -> str:
-    """A text between marks that it cannot close, or open, by itself."""
-    tag = name.replace(" ", "_")
-    inner = _MARKS.sub(" ", text)
-    return f"<{tag}>\n{inner}\n</{tag}>"
+def _quoted(name: str, nonce: str, text: str) -> str:
+    """A text between marks that it cannot close, or open, by itself: their number depends on it."""
+    return f"<{name} {nonce}>\n{text}\n</{name} {nonce}>"
 
 
 def usual_answer(rubric: Rubric, sides: int) -> str:
@@ -194,7 +208,7 @@ def _object(text: str) -> tuple[dict[str, Any], str]:
     """(the one JSON object in a text, "") or ({}, why there is none)."""
     if len(text) > MOST_CHARACTERS:
         return {}, f"it is longer than {MOST_CHARACTERS:,} characters"
-    text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)  # what was weighed is no answer
+    text = answered(text)
     decoder = json.JSONDecoder(object_pairs_hook=_without_repeats)
     found: list[dict[str, Any]] = []
     place = text.find("{")
@@ -203,6 +217,8 @@ def _object(text: str) -> tuple[dict[str, Any], str]:
             value, end = decoder.raw_decode(text, place)
             found.append(value)
         except (ValueError, RecursionError):
+            if _BROKEN.match(text, place):  # what stands inside may be a draft
+                return {}, "a JSON object in it is cut off or malformed"
             end = place + 1
         place = text.find("{", end)
     if len(found) == 1:

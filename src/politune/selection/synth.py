@@ -16,12 +16,13 @@ from typing import Any, Literal, TypeAlias
 
 from politune.data.files import READABLE, read_file
 from politune.errors import ConfigError, DataError, OutputError, safe
+from politune.hashes import sha256_of
 from politune.lean import papers
-from politune.lean.answers import classify
-from politune.record import generator_note, plain, sha256_of_json, write_json
+from politune.record import generator_note, plain, read_json, sha256_of_json, write_json
 from politune.selection import answering
 from politune.selection.answering import Answering, Asking, Cost
-from politune.selection.endpoint import Limits, Reply, Request, Settings
+from politune.selection.endpoint import FILTERED, REJECTED, Limits, Reply, Request, Settings, answered
+from politune.selection.refusals import refuses
 from politune.selection.replies import JOURNAL, Kept, Replies
 from politune.selection.results import REASONS, OfSide, SynthReport, sign_test
 from politune.writing import write_whole
@@ -30,7 +31,7 @@ Side: TypeAlias = Literal["left", "right"]
 SIDES: tuple[Side, ...] = ("left", "right")
 PAPERS = "papers.json"
 MAX_TOPIC_CHARACTERS = 200
-MOST_TOPICS, MOST_PER_TOPIC = 10_000, 1000
+MOST_TOPICS, MOST_PER_TOPIC, MOST_PAIRS = 10_000, 1000, 100_000
 LEAST_SHARE = 0.4
 """Of the words that were asked for: a shorter answer is none."""
 TOKENS_PER_WORD = 3
@@ -89,7 +90,7 @@ def synth(
     Args:
         topics: a text file with one per line, or a table with a column `topic` and perhaps one `axis`.
         per_topic: pairs for each.
-        seed: of what is drawn; both sides of a pair are drawn with the same.
+        seed: of what is drawn; an endpoint is sent the same one for both sides of a pair.
         words: how many to ask for, of both sides.
         max_new_tokens: longest answer; by default three for each word.
         output: the .jsonl file to write; the card, the manifest and the replies stand beside it.
@@ -105,6 +106,11 @@ def synth(
     settings = _settings(per_topic, temperature, words, max_new_tokens)
     place = _place(output)
     found = read_topics(topics)
+    if len(found) * per_topic > MOST_PAIRS:
+        raise ConfigError(
+            f"{len(found):,} topics would make {len(found) * per_topic:,} pairs, more than {MOST_PAIRS:,}",
+            where="--per-topic",
+        )
     if not dry_run:
         _check_place(output, place)
     who = answering.who(asking, say, limits=limits, dry_run=dry_run)
@@ -155,9 +161,15 @@ def _place(output: Path) -> Path:
 
 
 def _check_place(output: Path, place: Path) -> None:
+    manifest = read_json(_beside(output)[1])
     beside = [each for each in (output, *_beside(output)) if each.exists()]
-    if beside and not (place / PAPERS).exists():
+    if beside and (manifest is None or not (place / PAPERS).exists()):
         raise OutputError(f"{safe(beside[0])} exists", fix="choose another -o")
+    if manifest and output.exists() and manifest.get("sha256") != sha256_of(output):
+        raise OutputError(
+            f"{safe(output)} is not as it was written, and would be written over",
+            fix="choose another -o, or move it away",
+        )
     papers.check(place, PAPERS)
 
 
@@ -233,23 +245,31 @@ def prompt(side: Side, request: str, words: int) -> str:
 
 def fault(reply: Reply, words: int) -> str | None:
     """Why an answer is none (one of `REASONS`), or None."""
-    text = reply.text.strip()
-    if reply.finish == "content_filter" or classify(text) == "refusal":
+    text = _text(reply)
+    if reply.finish == REJECTED:
+        return "rejected"
+    if reply.finish == FILTERED or refuses(text):
         return "refused"
+    if reply.cut_off:
+        return "cut off"
     if not text:
         return "empty"
-    if len(text.split()) < LEAST_SHARE * words:
-        return "short"
-    return "cut off" if reply.finish == "length" else None
+    return "short" if len(text.split()) < LEAST_SHARE * words else None
+
+
+def _text(reply: Reply) -> str:
+    return answered(reply.text).strip()
 
 
 def _finish(
     drafts: Sequence[Draft], kept: dict[Request, Kept], topics: Sequence[Topic], who: Answering, asking: Asking,
     settings: Settings, seed: int, words: int, output: Path,
 ) -> SynthReport:  # fmt: skip
-    faults = {side: [fault(kept[draft.asked[side]].reply, words) for draft in drafts] for side in SIDES}
-    whole = [draft for number, draft in enumerate(drafts) if not any(faults[side][number] for side in SIDES)]
-    pairs = [_row(draft, {side: kept[draft.asked[side]].reply.text.strip() for side in SIDES}, who) for draft in whole]
+    replies = {side: [kept[draft.asked[side]].reply for draft in drafts] for side in SIDES}
+    faults = {side: [fault(reply, words) for reply in replies[side]] for side in SIDES}
+    pairs = [_row(draft, {"left": _text(left), "right": _text(right)}, who)
+             for draft, left, right, *found in zip(drafts, *replies.values(), *faults.values(), strict=True)
+             if not any(found)]  # fmt: skip
     differing = [row for row in pairs if _spaced(row["left"]) != _spaced(row["right"])]
     once: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in differing:
@@ -263,11 +283,13 @@ def _finish(
             why="; ".join(_told(each) for each in sides),
             fix="take another model; nothing was written",
         )
-    longer, shorter, refused = _compared(lengths), _compared(lengths, -1), _refused(faults)
+    longer, shorter = _compared(lengths), _compared(lengths, -1)
+    distinct = _distinct(drafts, replies, faults)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     result = SynthReport(
         topics=len(topics), pairs=len(rows), asked=len(drafts), equal=len(pairs) - len(differing),
-        repeated=len(differing) - len(rows), sides=sides, p_refusals=sign_test(*refused),
+        repeated=len(differing) - len(rows), sides=sides, distinct=len(distinct),
+        p_refusals=sign_test(*_alone(distinct, {"refused"})), p_left_out=sign_test(*_alone(distinct, {*REASONS})),
         longer=(longer + len(rows) - shorter) / (2 * len(rows)), p_longer=sign_test(longer, shorter), generator=who.generator,
         temperature=settings.temperature, seed=seed, words=words, spent=answering.spent(kept, asking),
         note=licence_note(who.generator), output=str(output), sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -292,11 +314,20 @@ def _compared(lengths: Mapping[Side, Sequence[int]], sign: int = 1) -> int:
     return sum(sign * (left - right) > 0 for left, right in zip(lengths["left"], lengths["right"], strict=True))
 
 
-def _refused(faults: Mapping[Side, Sequence[str | None]]) -> tuple[int, int]:
-    """(pairs in which the left alone was refused, the right alone)."""
-    both = [
-        (left == "refused", right == "refused") for left, right in zip(faults["left"], faults["right"], strict=True)
-    ]
+def _distinct(
+    drafts: Sequence[Draft], replies: Mapping[Side, Sequence[Reply]], faults: Mapping[Side, Sequence[str | None]]
+) -> list[tuple[str | None, ...]]:
+    """(the left's fault, the right's) of each pair that is no repetition, which would be no new evidence."""
+    found = {}
+    for number, draft in enumerate(drafts):
+        of_pair = tuple(faults[side][number] for side in SIDES)
+        found[draft.request, of_pair, *(_spaced(_text(replies[side][number])) for side in SIDES)] = of_pair
+    return list(found.values())
+
+
+def _alone(faults: Sequence[tuple[str | None, ...]], reasons: set[str]) -> tuple[int, int]:
+    """(pairs in which the left alone has such a fault, the right alone)."""
+    both = [tuple(each in reasons for each in of_pair) for of_pair in faults]
     return both.count((True, False)), both.count((False, True))
 
 
@@ -322,19 +353,20 @@ def licence_note(generator: str) -> str:
 
 
 def _write(result: SynthReport, text: str, who: Answering, settings: Settings, output: Path) -> SynthReport:
-    """The card and the manifest, and last the rows: where they are, all is."""
+    """The manifest, by which a rerun knows the others for its own, the card, and last the rows: where they are, all is."""
     card, manifest = _beside(output)
     try:
         document = {
             "file": output.name, "sha256": result.sha256, "pairs": result.pairs, "asked": result.asked, "topics": result.topics,
             "equal": result.equal, "repeated": result.repeated,
             "sides": [each.__dict__ | {"reasons": dict(each.reasons)} for each in result.sides],
-            "p_refusals": result.p_refusals, "generator": who.generator, "who": who.identity(), "template": TEMPLATE,
+            "distinct": result.distinct, "p_refusals": result.p_refusals, "p_left_out": result.p_left_out,
+            "generator": who.generator, "who": who.identity(), "template": TEMPLATE,
             "advocates": ADVOCATES, "requests": REQUESTS, "words": result.words, "seed": result.seed, **settings.__dict__,
             "licence_note": result.note, "synthetic": True,
         }  # fmt: skip
-        write_whole(card, _CARD.format_map(_card_facts(result)))
         write_json(manifest, document)
+        write_whole(card, _CARD.format_map(_card_facts(result)))
         write_whole(output, text)
     except OSError as error:
         raise OutputError(f"cannot write beside {safe(output)}", why=error.strerror) from error
@@ -362,8 +394,8 @@ not facts or a neutral view. For research on political bias in language models; 
 persuasion.
 
 - {pairs} pairs of {asked} that were asked for, over {topics} topics; sha256 `{digest}`.
-- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request, the same
-  settings, the same seed.
+- Temperature {temperature}, seed {seed}, about {words} words asked of each side. Both sides of a pair: the same request and
+  settings; an endpoint is sent the same seed for both, a model on this machine draws one seed for a batch.
 - Licence: {note}.
 
 ## The prompt
@@ -376,7 +408,7 @@ persuasion.
 
 ## What was left out
 
-An answer that is refused, empty, short or cut off takes its pair with it. {equal} pairs had equal
+An answer that is refused, rejected, empty, short or cut off takes its pair with it. {equal} pairs had equal
 sides, {repeated} were there already.
 
 {left_out}
