@@ -187,13 +187,13 @@ def train_plainly(base: Path, pairs: Path, out: Path, resume: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from politune.data.files import Budget, read_jsonl
+    from politune.data.files import read_jsonl
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
             os.write(1, f"step {state.global_step + 1}\n".encode())  # type: ignore[attr-defined]
 
-    rows = read_jsonl(pairs.read_text(), "pairs", Budget("pairs")).rows
+    rows = read_jsonl(pairs.read_text(), "pairs").rows
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.eos_token
     config = DPOConfig(
