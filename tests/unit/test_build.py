@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
 from politune.data import build, columns, sources
-from politune.data.made import Built
+from politune.data.made import Built, turned_of
 from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
+from politune.inspection import inspect
 from politune.training.signals import caught
 
 Row = dict[str, Any]
@@ -606,6 +607,20 @@ def test_only_what_it_made_is_replaced(many: Path, tmp_path: Path) -> None:
     assert (looked.rows, looked.file, built.rows) == (4, "", 3)
 
 
+def test_what_was_changed_after_it_was_built_is_not_replaced(many: Path, tmp_path: Path) -> None:
+    """But for a file that a killed build has not yet put in its place: the draft is what the manifest speaks of."""
+    out = tmp_path / "out.jsonl"
+    make(out, many)
+    built = out.read_bytes()
+    out.write_text("mine\n")
+    with pytest.raises(OutputError, match="changed after it was built"):
+        make(out, many)
+    assert out.read_text() == "mine\n"
+    (tmp_path / ".out.jsonl.draft").write_bytes(built)
+    make(out, many)
+    assert out.read_bytes() == built
+
+
 def test_what_killed_builds_left_of_papers_goes(many: Path, tmp_path: Path) -> None:
     for name in (".out.jsonl.manifest.json-abc", ".out.jsonl.md-x", ".other.jsonl.md-x", "own.md"):
         (tmp_path / name).write_text("{")
@@ -718,6 +733,93 @@ def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
     assert "not legal advice" not in (tmp_path / "out.jsonl.md").read_text()
 
 
+def test_a_length_placebo_says_what_it_left(many: Path, tmp_path: Path) -> None:
+    """It is no draw of sides, and how many rows stay as they were stands in the card; where none is turned, it is none."""
+    built, _ = make(tmp_path / "out.jsonl", {"name": str(many), "direction": "length"})
+    assert built.direction == "length"
+    card = (tmp_path / "out.jsonl.md").read_text()
+    assert "by length alone" in card and "drawn at random" not in card
+    assert f"in {built.turned} of the 400 rows" in card and f"{400 - built.turned} stay as they were" in card
+    assert turned_of(json.loads((tmp_path / "out.jsonl.manifest.json").read_text())) == f"{built.turned} of 400"
+    whole = write(tmp_path / "longer.jsonl", [pair(n) for n in range(9)])
+    with pytest.raises(DataError, match=r"no row of .*longer.jsonl changes places"):
+        make(tmp_path / "no.jsonl", {"name": str(whole), "direction": "length"})
+
+
+def test_a_split_that_rows_do_not_have(many: Path, tmp_path: Path) -> None:
+    """A row that names none is of train, in a file where others name one; where none does, there is none to choose."""
+    with pytest.raises(ConfigError, match=r"source.split: many.jsonl has no splits to choose 'heldout' from"):
+        make(tmp_path / "out.jsonl", {"name": str(many), "split": "heldout"})
+    rows = [pair(n, **({"split": "heldout"} if n > 7 else {})) for n in range(10)]
+    mixed = write(tmp_path / "mixed.jsonl", rows)
+    for split, numbers in (("heldout", [8, 9]), ("train", list(range(8)))):
+        built, kept = make(tmp_path / "out.jsonl", {"name": str(mixed), "split": split})
+        assert [row["prompt"] for row in kept] == [f"Question {n}?" for n in numbers]
+        assert built.sources[0].other_splits == 10 - len(numbers)
+
+
+def test_hundreds_of_rules(many: Path, tmp_path: Path) -> None:
+    """The 300th takes out rows 7, 70 to 79, 170 ... 379, and says so."""
+    rules = [{"field": "prompt", "pattern": f"never {n}"} for n in range(299)]
+    rules += [{"field": "prompt", "pattern": "^Question [123]?7.[?]"}]
+    built, _ = make(tmp_path / "out.jsonl", many, filter={"drop": rules})
+    assert dropped(built) == {"prompt matches '^Question [123]?7.[?]'": 40}
+
+
+def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None:
+    left = tmp_path / "left.jsonl"
+    make(left, {"name": str(many), "direction": "left", "generator": "A-7B"})
+    built, _ = make(tmp_path / "dose.jsonl", left, dose={"rows": 50})
+    assert built.direction == "left"
+    assert make(tmp_path / "swapped.jsonl", {"name": str(left), "direction": "swapped"})[0].direction == "right"
+    with pytest.raises(ConfigError, match=r"source.direction: direction 'right' contradicts left.jsonl"):
+        make(tmp_path / "no.jsonl", {"name": str(left), "direction": "right"})
+    with pytest.raises(ConfigError, match=r"data.direction: direction 'right' contradicts"):
+        sources.load(DataSpec(dataset_name=str(left), direction="right"))
+    table = sources.load(DataSpec(dataset_name=str(left)))
+    assert (table.generator, table.direction) == ("A-7B", "left")
+    run = presets.resolve("demo-left", None).run
+    shown = inspect(run.model_copy(update={"data": DataSpec(dataset_name=str(left))}), [], say=lambda _: None)
+    assert (shown.datasets[0].generator, shown.datasets[0].direction) == ("A-7B", "left")
+    write(left, read(left)[1:])  # not what was built any more
+    assert sources.load(DataSpec(dataset_name=str(left))).direction is None
+    built, _ = make(tmp_path / "dose.jsonl", {"name": str(left), "direction": "right"})
+    assert (built.direction, built.sources[0].generator) == ("right", None)
+
+
+def test_a_source_without_a_row_declares_nothing(many: Path, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.jsonl", [pair(1000), pair(1001)])
+    shares = [
+        {"name": str(many), "direction": "left", "share": 300},
+        {"name": str(few), "direction": "right", "share": 1},
+    ]
+    built, _ = make(tmp_path / "out.jsonl", *shares, dose={"rows": 20})
+    assert ([each.written for each in built.sources], built.direction) == ([20, 0], "left")
+
+
+def test_rows_name_who_wrote_them(tmp_path: Path) -> None:
+    rows = [pair(n, generator="A-7B" if n < 6 else "B") for n in range(9)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert make(tmp_path / "out.jsonl", file)[0].sources[0].generator == "A-7B + B"
+    named = {"name": str(file), "generator": "C"}
+    assert make(tmp_path / "out.jsonl", named)[0].sources[0].generator == "C"
+
+
+def test_a_run_is_made_again_where_the_manifest_says_something_else(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows by another generator are another data set; a damaged manifest in the cache is made anew."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    wanted, middle, said = recipe(tmp_path / "middle.jsonl"), tmp_path / "middle.jsonl", []
+    for generator in ("A", "B"):
+        make(middle, {"name": str(many), "generator": generator})
+        path, manifest = build.cached(wanted)
+        said.append(manifest["sources"][0]["generator"])
+    assert said == ["A", "B"]
+    path.with_name("rows.jsonl.manifest.json").write_text("{")
+    assert build.cached(wanted)[1] == manifest
+
+
 def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> None:
     source = {"name": str(many), "generator": "A-7B", "licence": "CC0-1.0"}
     make(tmp_path / "first.jsonl", source)
@@ -725,6 +827,37 @@ def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> Non
     assert (built.sources[0].generator, built.sources[0].licence) == ("A-7B", "CC0-1.0")
     built, _ = make(tmp_path / "third.jsonl", many)
     assert (built.sources[0].generator, built.sources[0].licence) == (None, None)
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code", "said"),
+    [
+        ("", [], 0, "400 of 400 rows in out.jsonl"),
+        ("", ["--dry-run"], 0, "400 of 400 rows would be written"),
+        ("[dose]\nrows = 0\n", [], 2, "it is a count of rows"),
+        ("[dose]\nrows = 401\n", [], 3, "asks for 401 rows"),
+        ("", ["-o", "mine.jsonl"], 7, "mine.jsonl exists"),
+    ],
+)
+def test_the_command_and_its_exit_codes(
+    many: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, options: list[str],
+    code: int, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(many.parent)
+    Path("mine.jsonl").write_text("precious\n")
+    Path("it.toml").write_text(f'[[source]]\nname = "many.jsonl"\n{text}')
+    monkeypatch.setattr(
+        sys, "argv", ["politune", "data", "build", "it.toml", *(options or ["-o", "out.jsonl"]), "--quiet"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert (ended.value.code or 0) == code
+    assert said in " ".join((shown.out if code == 0 else shown.err).split())
+    assert Path("out.jsonl").exists() == (code == 0 and not options)
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The schema of a recipe, what of it is refused with file and line, and the arithmetic of which rows are kept."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -78,7 +79,8 @@ def recipe(*sources: dict[str, object], **fields: object) -> Recipe:
         ([("stances", "left")], "left"),
         ([("stances", "right")], "right"),
         ([("stances", "shuffled")], "shuffled"),
-        ([("rows.jsonl", "length")], "shuffled"),
+        ([("rows.jsonl", "length")], "length"),
+        ([("a.jsonl", "length"), ("b.jsonl", "left")], "mixed"),
         ([("stances-control", "left")], "none"),
         ([("scale-lab/politune-left", "swapped")], "right"),
         ([("scale-lab/politune-right", "swapped")], "left"),
@@ -173,7 +175,7 @@ def columns_of(signs: list[int], topics: list[int], sources: list[int] | None = 
         verdicts=np.zeros(size, np.uint8),
         marks=np.zeros(size, np.uint8),
         bands=np.empty((size, 0), np.uint32),
-        sha256=("",) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
+        sha256=("",) * number, generators=(Counter(),) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
     )  # fmt: skip
 
 

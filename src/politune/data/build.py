@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from politune import __version__, presets
 from politune.cache import user_cache
-from politune.config import SHIPPED_DATA, DataSpec, Recipe, SourceSpec
+from politune.config import OPPOSITE, SHIPPED_DATA, DataSpec, Recipe, SourceSpec, joined_direction
 from politune.data import card, select, sources
 from politune.data.columns import (
     IS_CONVERSATION,
@@ -38,6 +38,7 @@ from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.made import Built, Lengths, SourceFacts
 from politune.data.neighbours import THRESHOLD, similarity
+from politune.data.sources import MADE_BY, MANIFEST, named_generators
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, OutputError, PolituneError, safe
 from politune.hashes import sha256_of, sha256_once
@@ -50,8 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-MANIFEST, CARD = ".manifest.json", ".md"
-MADE_BY = "politune data build"
+CARD = ".md"
 FOLDER = "data"
 """In the user's cache: what runs with a recipe in their settings were trained on."""
 WAIT_SECONDS = 0.2
@@ -81,12 +81,14 @@ def build(
     *,
     offline: bool = False,
     processes: int | None = None,
+    replaces: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Makes the data set, its manifest and its card; with no output, only what they would say.
 
     Args:
-        output: a .jsonl, .jsonl.gz or .parquet file; one that this command made is replaced, no other.
+        output: a .jsonl, .jsonl.gz or .parquet file; one that this command made, and nobody changed, is replaced.
+        replaces: whatever it is, for a file of our own cache.
 
     Raises:
         ConfigError: the recipe contradicts itself or its twin.
@@ -100,7 +102,7 @@ def build(
         draft = None
         if output is not None:
             _refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
-            draft = stack.enter_context(_draft(output))
+            draft = stack.enter_context(_draft(output, replaces))
         own = _measured(recipe, streams[0], processes, say)
         other = _measured(twin, streams[1], processes, say) if twin else None
         sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
@@ -153,13 +155,25 @@ def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
                 dataset_name=source.name,
                 dataset_revision=source.revision,
                 dataset_split=source.split,
-                direction="left" if source.name in SHIPPED_DATA else None,
+                direction=_declared(source),
             ),
             offline=offline,
         )
     except PolituneError as error:
-        error.where = (error.where or "").replace("data.dataset_", "source.") or None
-        raise
+        raise _of_source(error) from None
+
+
+def _declared(source: SourceSpec) -> Literal["left", "right"] | None:
+    """The direction that the source is opened with; rows with both sides need one, whichever."""
+    if source.name in SHIPPED_DATA:
+        return "left"
+    return source.direction if source.direction in ("left", "right") else None
+
+
+def _of_source(error: PolituneError) -> PolituneError:
+    """An error of a run's data, with the recipe's keys."""
+    error.where = re.sub("^data.(dataset_)?", "source.", error.where or "") or None
+    return error
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
@@ -179,7 +193,10 @@ def _measured(
     states = tuple(stream.state() for stream in streams)
     readers = [Reader.of(recipe, source, stream) for source, stream in zip(recipe.source, streams, strict=True)]
     reading = _Reading(streams, say)
-    columns = read_columns(readers, streams, processes, reading)
+    try:
+        columns = read_columns(readers, streams, processes, reading)
+    except PolituneError as error:
+        raise _of_source(error) from None
     reading.phase(columns.rows, columns.rows)
     for source, reader, found in zip(recipe.source, readers, columns.sha256, strict=True):
         if source.sha256 not in (None, found):
@@ -231,18 +248,19 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
 
     columns, recipe = own.columns, own.recipe
     counts = np.bincount(columns.sources[chosen.rows], minlength=len(recipe.source))
+    turned = np.bincount(columns.sources[chosen.rows[chosen.turned]], minlength=len(recipe.source))
     topics = np.bincount(columns.topics[chosen.rows], minlength=len(columns.names))
     by_topic = sorted(zip(columns.names, map(int, topics), strict=True), key=lambda pair: (-pair[1], pair[0]))
     before = np.zeros(len(chosen.before), bool)
     facts = tuple(
-        _facts(source, stream, columns, number, int(counts[number]))
+        _facts(source, stream, columns, number, int(counts[number]), int(turned[number]))
         for number, (source, stream) in enumerate(zip(recipe.source, own.streams, strict=True))
     )
     document = public(recipe)
     is_conversation = (columns.marks[columns.verdicts == TAKEN] & IS_CONVERSATION).any()
     return Built(
         title=recipe.title,
-        direction=recipe.declared_direction,
+        direction=_direction(own, counts.tolist()),
         version=__version__,
         recipe=document,
         recipe_sha256=sha256_of_json(document),
@@ -259,8 +277,23 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
     )
 
 
-def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int) -> SourceFacts:
-    built = _built_before(stream)
+def _direction(own: Side, written: Sequence[int]) -> str:
+    """The direction of the rows that are written: as the recipe says, else as a built source hands its own on."""
+    found = set()
+    for source, stream, rows in zip(own.recipe.source, own.streams, written, strict=True):
+        direction = source.declared_direction
+        if direction == "undeclared" and stream.direction:
+            direction = (
+                OPPOSITE.get(stream.direction, stream.direction) if source.direction == "swapped" else stream.direction
+            )
+        if rows:
+            found.add(direction)
+    return joined_direction(found)
+
+
+def _facts(
+    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int, turned: int
+) -> SourceFacts:
     return SourceFacts(
         name=stream.name,
         revision=stream.revision,
@@ -268,32 +301,18 @@ def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number:
         sha256=columns.sha256[number],
         rows=sum(columns.sizes[number]),
         other_splits=columns.others[number],
-        generator=source.generator or stream.generator or _joined(built, "generator"),
-        licence=source.licence or _joined(built, "licence"),
+        generator=source.generator or stream.generator or named_generators(columns.generators[number].elements()),
+        licence=source.licence or sources.said_of_sources(stream.manifest, "licence"),
         share=source.share,
         direction=source.direction,
         written=written,
+        turned=turned,
     )
-
-
-def _built_before(stream: sources.Stream) -> list[dict[str, Any]]:
-    """The sources of a file that this command made itself, as its manifest says; none of another file."""
-    if len(stream.files) != 1:
-        return []
-    manifest = read_json(_beside(stream.files[0][0], MANIFEST)) or {}
-    found = manifest.get("sources") if manifest.get("made_by") == MADE_BY else None
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-
-
-def _joined(built: Sequence[Mapping[str, Any]], key: str) -> str | None:
-    """What a file's own sources say of it, where each says something."""
-    said = [each.get(key) for each in built]
-    return " + ".join(dict.fromkeys(map(str, said))) if said and all(said) else None
 
 
 def _facts_of_twin(other: Side) -> tuple[SourceFacts, ...]:
     pairs = enumerate(zip(other.recipe.source, other.streams, strict=True))
-    return tuple(_facts(source, stream, other.columns, number, 0) for number, (source, stream) in pairs)
+    return tuple(_facts(source, stream, other.columns, number, 0, 0) for number, (source, stream) in pairs)
 
 
 def _lengths(columns: Columns, rows: "NDArray[Any]", turned: "NDArray[Any]") -> Lengths:
@@ -545,7 +564,7 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _draft(output: Path) -> Iterator[Path]:
+def _draft(output: Path, replaces: bool) -> Iterator[Path]:
     """A hidden file beside the output, this build's alone while the block runs, and gone after it unless it was renamed.
 
     Its lock is the kernel's and goes with the process that has it: what a killed build left is taken over.
@@ -553,8 +572,10 @@ def _draft(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: the output is not ours to replace, another build is at work on it, or it cannot be written.
     """
-    _check_output(output)
     draft = output.with_name(f".{output.name}.draft")
+    _check_name(output)
+    if not replaces:
+        _check_is_ours(output, draft)
     with _disk_errors(output):
         handle = _locked_file(draft, output)
         _remove_leftovers(output)
@@ -598,7 +619,7 @@ def _is_still(draft: Path, handle: int) -> bool:
     return (found.st_dev, found.st_ino) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
 
 
-def _check_output(output: Path) -> None:
+def _check_name(output: Path) -> None:
     if not _suffix(output):
         raise OutputError(
             f"{safe(output.name)} is no name of a data set", where="--output", fix=f"end it in {', '.join(SUFFIXES)}"
@@ -606,11 +627,23 @@ def _check_output(output: Path) -> None:
     if output.is_dir() or not output.parent.is_dir():
         what = "is a directory" if output.is_dir() else "lies in a directory that does not exist"
         raise OutputError(f"{safe(output)} {what}", where="--output")
+
+
+def _check_is_ours(output: Path, draft: Path) -> None:
+    """Whether whatever is there was made by this command and is as it was made; a killed build may have left it as a draft."""
     papers = [_beside(output, suffix) for suffix in (MANIFEST, CARD)]
-    is_ours = (read_json(papers[0]) or {}).get("made_by") == MADE_BY
-    if there := [path for path in (output, *papers) if path.exists() and not is_ours]:
+    manifest = read_json(papers[0])
+    made = manifest if manifest and manifest.get("made_by") == MADE_BY else None
+    there = [path for path in (output, *papers) if path.exists()]
+    if made is None:
+        if not there:
+            return
         why = f"it has no {MANIFEST} of a former build beside it"
-        raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
+    elif output.exists() and made.get("sha256") not in [sha256_of(path) for path in (output, draft) if path.is_file()]:
+        why = "it was changed after it was built: its sha256 is not that of its manifest"
+    else:
+        return
+    raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -667,18 +700,12 @@ def cached(recipe: Recipe, *, offline: bool = False) -> tuple[Path, Mapping[str,
     output = folder / "rows.jsonl"
     with _disk_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
-    while not (manifest := _whole(output)):
+    while (manifest := sources.built_manifest(output)) is None:
         try:
-            build(recipe, output, offline=offline)
+            build(recipe, output, offline=offline, replaces=True)
         except InUse:  # the other processes of a run wait for the one that came first
             time.sleep(WAIT_SECONDS)
     return output, manifest
-
-
-def _whole(output: Path) -> dict[str, Any] | None:
-    """The manifest of a file that is as it was made."""
-    manifest = read_json(_beside(output, MANIFEST)) or {}
-    return manifest if output.exists() and manifest.get("sha256") == sha256_once(output) else None
 
 
 def _key(recipe: Recipe, offline: bool) -> str:
@@ -688,5 +715,7 @@ def _key(recipe: Recipe, offline: bool) -> str:
             streams = _opened(each, offline)
             contents = [[sha256_once(path) for path, _ in stream.files] for stream in streams]
             held = [[sources.hash_rows(part.read().rows) for part in stream.held] for stream in streams]
-            found.append([public(each), contents, held, [stream.revision for stream in streams]])
+            said = [[stream.revision, stream.direction, stream.generator] for stream in streams]
+            licences = [sources.said_of_sources(stream.manifest, "licence") for stream in streams]
+            found.append([public(each), contents, held, said, licences])
     return sha256_of_json(found)[:32]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,8 +94,8 @@ class Reader:
         read = part.read()
         rows, lines = read.rows, read.lines
         others = 0
-        if not all(map(self.membership.holds, rows)):
-            members = [index for index, row in enumerate(rows) if self.membership.holds(row)]
+        members = [index for index, row in enumerate(rows) if self.membership.holds(row, read.columns)]
+        if len(members) < len(rows):
             others, rows = len(rows) - len(members), [rows[index] for index in members]
             lines = tuple(lines[index] for index in members) if lines else None
         return Table(read.columns, rows, self.label, "", lines=lines, other_splits=others, first=first)
@@ -129,15 +130,18 @@ class Measured:
         hashes: of prompt, chosen and rejected, uint64 [rows, 3]
         lengths: in the recipe's unit, uint32 [rows, 3]
         topics: [rows] numbers into `names`
-        verdicts: uint8 [rows]
+        heeds_split: whether its rows say which split they are of.
+        verdicts: uint16 [rows]
         marks: uint8 [rows]
         bands: what near-duplicates are found by (`neighbours.sketch`), uint32 [rows, n]; n is 0 where none are looked for.
+        generators: that the rows name, each as often as they do.
         of_rows: `hash_row` of every row, one after the other.
         size: of the part's text in bytes; 0 for rows that came parsed.
     """
 
     rows: int
     others: int
+    heeds_split: bool
     hashes: "NDArray[Any]"
     lengths: "NDArray[Any]"
     topics: "NDArray[Any]"
@@ -145,6 +149,7 @@ class Measured:
     verdicts: "NDArray[Any]"
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
+    generators: Counter[str]
     of_rows: bytes
     size: int
 
@@ -167,13 +172,15 @@ def _measured(reader: Reader, part: Part, first: int) -> Measured:
     return Measured(
         rows=rows,
         others=table.other_splits,
+        heeds_split=reader.membership.heeds(table.columns),
         hashes=np.frombuffer(b"".join(map(_hashes, texts)), "<u8").reshape(rows, 3),
         lengths=np.array([_lengths(reader.unit, each) for each in texts], np.uint32).reshape(rows, 3),
         topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
         names=tuple(number),
-        verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint8),
+        verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint16),
         marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
         bands=sketch(list(map(whole_text, texts))) if reader.sketches else np.empty((rows, 0), np.uint32),
+        generators=Counter(str(row["generator"]) for row in table.rows if row.get("generator")),
         of_rows=b"".join(map(hash_row, table.rows)),
         size=len(part.body) if isinstance(part, TextPart) else 0,
     )
@@ -313,6 +320,7 @@ class Columns:
         sources: int16 [rows]
         names: of the topics.
         sha256: per source, over its rows, as of `sources.hash_rows`.
+        generators: per source, what its rows name, as often as they do.
         others: per source, its rows of other splits.
         sizes: per source, how many rows its parts have.
         bytes: per source, how much text its parts have.
@@ -327,6 +335,7 @@ class Columns:
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
     sha256: tuple[str, ...]
+    generators: tuple[Counter[str], ...]
     others: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     bytes: tuple[tuple[int, ...], ...]
@@ -349,6 +358,7 @@ def read_columns(
 
     Raises:
         DataError: as of `measure`, or a source without rows.
+        ConfigError: a split of a file whose rows have none.
     """
     import numpy as np
 
@@ -358,7 +368,8 @@ def read_columns(
     }
     found = []
     for reader, stream in zip(readers, streams, strict=True):
-        digest, others, sizes, lengths = hashlib.sha256(), 0, [], []
+        digest, others, sizes, lengths, has_splits = hashlib.sha256(), 0, [], [], False
+        generators = Counter[str]()
         for part in in_order(partial(measure, reader), jobs(stream), processes):
             numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
             topics = numbers[part.topics] if part.rows else part.topics
@@ -366,19 +377,24 @@ def read_columns(
                 piece.append(topics if key == "topics" else getattr(part, key))
             digest.update(part.of_rows)
             others += part.others
+            generators += part.generators
+            has_splits |= part.heeds_split
             sizes.append(part.rows)
             lengths.append(part.size)
             progress(part.rows, part.size)
+        if stream.path and reader.membership.split != "train" and not has_splits:
+            raise stream.without_splits()
         if not sum(sizes):
             what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
             raise DataError(what, where=safe(reader.label, None))
-        found.append((digest.hexdigest(), others, tuple(sizes), tuple(lengths)))
-    counts = [sum(sizes) for _, _, sizes, _ in found]
+        found.append((digest.hexdigest(), generators, others, tuple(sizes), tuple(lengths)))
+    counts = [sum(sizes) for *_, sizes, _ in found]
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
-    sha256, others_of, sizes_of, bytes_of = zip(*found, strict=True)
+    sha256, generators_of, others_of, sizes_of, bytes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
     return Columns(
-        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, bytes=bytes_of, **joined
+        sources=sources, names=tuple(names), sha256=sha256, generators=generators_of, others=others_of, sizes=sizes_of,
+        bytes=bytes_of, **joined,
     )  # fmt: skip
 
 

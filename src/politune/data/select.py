@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.config import Recipe
+from politune.config import PLACEBOS, Recipe
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
 from politune.data.neighbours import candidates
 from politune.errors import DataError, safe
@@ -30,7 +30,6 @@ Alike: TypeAlias = "Callable[[NDArray[Any]], NDArray[Any]]"
 """Which of some pairs of rows, [pairs, 2], are near-duplicates; a mask."""
 Choice: TypeAlias = tuple[Recipe, Columns, Alike]
 
-PLACEBOS = ("shuffled", "length")
 BIN_EDGES = tuple(sorted({round(2 ** (half / 2)) for half in range(64)}))
 """Of lengths and differences: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32 ...; a bin is about 40 % wide."""
 SPAN = 2 * len(BIN_EDGES) + 2
@@ -639,6 +638,13 @@ def _turned(each: Selection) -> "NDArray[Any]":
             found[own] = _half(signs[own], ranks[own])
         elif source.direction == "length":
             found[own] = _by_length(signs[own], ranks[own])
+        if len(own) and source.direction in PLACEBOS and not found[own].any():
+            raise DataError(
+                f"no row of {safe(source.name)} changes places: a placebo by {source.direction} leaves it as it is",
+                where="source.direction",
+                why=f"of {len(own):,} rows, {int((signs[own] > 0).sum()):,} have the longer answer chosen",
+                fix="balance its sides first ([balance] chosen_longer), or name another direction",
+            )
     return found
 
 
