@@ -219,7 +219,7 @@ class RuleSpec(_Spec):
     field: Literal["prompt", "chosen", "rejected", "topic", "language"]
     """What is looked at; the row's language is an ISO 639-1 code, or `unclear` for what is too short to tell."""
     pattern: Annotated[str, AfterValidator(_compiles)]
-    """Python's regular expression, found anywhere in it."""
+    """Python's regular expression, found anywhere in it; a language it must be as a whole."""
 
 
 LengthRange: TypeAlias = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_is_range)]
@@ -250,7 +250,7 @@ class BalanceSpec(_Spec):
     lengths: bool = False
     """For every size of the difference, as many rows whose chosen answer is longer as such whose is shorter."""
     topics: bool = False
-    """As many rows of every topic."""
+    """As many rows of every topic, within each source."""
 
     @model_validator(mode="after")
     def _lengths_mean_half(self) -> "BalanceSpec":

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
-from politune.data import build, columns, sources
+from politune.data import audit, build, columns, scan, sources
 from politune.data.made import Built, turned_of
 from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
-from politune.inspection import inspect
 from politune.training.signals import caught
 
 Row = dict[str, Any]
@@ -330,6 +329,15 @@ def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
     twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "x.toml"\non = ["topic"]\n')
     with pytest.raises(ConfigError, match="matches on topic"):
         make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    twin.write_text(f'unit = "characters"\n[[source]]\nname = "{many}"\n')
+    with pytest.raises(ConfigError, match=r"unit: the twin .* counts lengths in characters"):
+        make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    for other in (str(many), str(twin)):
+        twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "{other}"\n')
+        with pytest.raises(ConfigError, match=r"is matched with .*, which is not this recipe"):
+            make(
+                tmp_path / "out.jsonl", many, match={"twin": str(twin), "on": ["topic", "length", "difference"]}, seed=1
+            )
     with pytest.raises(ConfigError, match=r"match.twin: stances holds a left and a right text"):
         make(tmp_path / "out.jsonl", many, match={"twin": "stances"})
     built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
@@ -531,14 +539,19 @@ def test_of_near_duplicates_one_is_kept(tmp_path: Path) -> None:
     assert unfiltered.rows == 46
 
 
-def test_rows_of_one_template_are_too_many_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_template_are_compared_until_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 rows each of which is compared with three: one stays; where none turns out to be alike, nobody has seen them all."""
     from politune.data import neighbours
 
     monkeypatch.setattr(neighbours, "PARTNERS", 3)
     body = " ".join(sentence(1, 60))
     rows = [{"prompt": f"Question {n}?", "chosen": f"{body} {n}", "rejected": f"{body} no {n}"} for n in range(30)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    built, _ = make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
+    assert built.rows == 1
+    monkeypatch.setattr(build, "similarity", lambda one, other: 0.0)
     with pytest.raises(DataError, match="too many rows are nearly the same"):
-        make(tmp_path / "out.jsonl", write(tmp_path / "rows.jsonl", rows), filter={"near_duplicates": True})
+        make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
 
 
 def test_a_rule_may_look_at_the_language(tmp_path: Path) -> None:
@@ -553,6 +566,8 @@ def test_a_rule_may_look_at_the_language(tmp_path: Path) -> None:
     built, kept = make(tmp_path / "out.jsonl", file, filter=keep)
     assert dropped(built) == {"language does not match '^en$'": 2}
     assert all("government" in row["chosen"] for row in kept)
+    built, _ = make(tmp_path / "out.jsonl", file, filter={"drop": [{"field": "language", "pattern": "un|clear|e|ar"}]})
+    assert built.rows == 4  # a language is named as a whole: `unclear` is not Arabic
 
 
 def test_a_source_that_changes_between_the_readings(
@@ -568,6 +583,20 @@ def test_a_source_that_changes_between_the_readings(
     with pytest.raises(DataError, match="changed while it was read"):
         make(tmp_path / "out.jsonl", many)
     assert names_in(tmp_path) == ["many.jsonl"]
+
+
+def test_a_source_that_shrinks_before_its_texts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, candidates = write(tmp_path / "rows.jsonl", similar_rows()), build.select.candidates
+    for rows in (similar_rows()[:41], similar_rows()[:3]):
+        write(file, similar_rows())
+
+        def shrink(*given: Any, rows: list[Row] = rows) -> Any:
+            write(file, rows)
+            return candidates(*given)
+
+        monkeypatch.setattr(build.select, "candidates", shrink)
+        with pytest.raises(DataError, match="changed while it was read"):
+            make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
 
 
 def test_a_pattern_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,10 +651,11 @@ def test_what_was_changed_after_it_was_built_is_not_replaced(many: Path, tmp_pat
 
 
 def test_what_killed_builds_left_of_papers_goes(many: Path, tmp_path: Path) -> None:
-    for name in (".out.jsonl.manifest.json-abc", ".out.jsonl.md-x", ".other.jsonl.md-x", "own.md"):
+    own = [".other.jsonl.md-a1b2c3d_", ".out.jsonl.md-mine.txt", ".out.jsonl.md-x"]
+    for name in (".out.jsonl.manifest.json-abcd_123", ".out.jsonl.md-a1b2c3d_", *own, "own.md"):
         (tmp_path / name).write_text("{")
     make(tmp_path / "out.jsonl", many)
-    kept = [".other.jsonl.md-x", "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
+    kept = [*own, "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
     assert names_in(tmp_path) == kept
     (tmp_path / "new.jsonl.md").write_text("my own notes")
     with pytest.raises(OutputError, match=r"new.jsonl.md exists"):
@@ -649,6 +679,23 @@ def test_a_run_waits_for_who_makes_its_data(many: Path, tmp_path: Path, monkeypa
     assert len(tries) == 1
 
 
+def test_a_draft_that_is_a_link_is_not_followed(many: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim.txt").write_text("precious")
+    (tmp_path / ".out.jsonl.draft").symlink_to("victim.txt")
+    with pytest.raises(OutputError, match="cannot write"):
+        make(tmp_path / "out.jsonl", many)
+    assert (tmp_path / "victim.txt").read_text() == "precious"
+
+
+def test_the_shape_is_that_of_the_rows_that_are_written(tmp_path: Path) -> None:
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    turns = [{"role": role, "content": "a b c d e f"} for role in ("user", "assistant", "user")]
+    file = write(tmp_path / "rows.jsonl", [{"prompt": turns[:1], **answers}, {"prompt": turns, **answers}])
+    assert make(tmp_path / "out.jsonl", file)[0].shape == "messages"
+    built, kept = make(tmp_path / "out.jsonl", file, filter={"prompt": [1, 6]})
+    assert (built.shape, kept[0]["prompt"]) == ("text", "a b c d e f")
+
+
 def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -664,13 +711,15 @@ def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pyt
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
     """Escapes, markup and bars of a source's name, topic, generator and id reach neither terminal nor card as such."""
     name = "x`|<b>\x1b[2J](evil).jsonl"
-    rows = [pair(n, topic="a|<script>\x1b", id="\ud800" if n else "\x1b[2J") for n in range(3)]
-    source = {"name": str(write(tmp_path / name, rows)), "generator": "`|<i>\n# no", "licence": "free\n---\n# x"}
+    rows = [pair(n, topic="a|<script>\x1b\ud800", id="\ud800" if n else "\x1b[2J") for n in range(3)]
+    source = {"name": str(write(tmp_path / name, rows)), "generator": "`\\|<i>\n# no", "licence": "free\n---\n# x"}
     built, kept = make(tmp_path / "out.jsonl", source, title="# a `title` <img src=x>")
     card = (tmp_path / "out.jsonl.md").read_text()
     assert "\x1b" not in card and "<script>" not in card and "<b>" not in card and "<img" not in card
     assert "\n# no" not in card and "\n# x" not in card
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in card.splitlines() if line.startswith("| `x"))
+    assert all(
+        len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 9 for line in card.splitlines() if line.startswith("| `x")
+    )
     assert [row["id"] for row in kept] == ["\x1b[2J", "?", "?"]
     text = json.dumps([str(section) for section in built.sections()])
     assert "\\u001b" not in text.replace("\\\\u001b", "")
@@ -778,9 +827,10 @@ def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None
         sources.load(DataSpec(dataset_name=str(left), direction="right"))
     table = sources.load(DataSpec(dataset_name=str(left)))
     assert (table.generator, table.direction) == ("A-7B", "left")
-    run = presets.resolve("demo-left", None).run
-    shown = inspect(run.model_copy(update={"data": DataSpec(dataset_name=str(left))}), [], say=lambda _: None)
-    assert (shown.datasets[0].generator, shown.datasets[0].direction) == ("A-7B", "left")
+    spec = DataSpec(dataset_name=str(left))
+    scanned = scan.scan(sources.stream(spec), "dpo", None, 0, processes=1)
+    shown = audit.audit(scanned, spec, tokenizer=None, base=None, against=[])
+    assert (shown.generator, shown.direction) == ("A-7B", "left")
     write(left, read(left)[1:])  # not what was built any more
     assert sources.load(DataSpec(dataset_name=str(left))).direction is None
     built, _ = make(tmp_path / "dose.jsonl", {"name": str(left), "direction": "right"})

@@ -25,12 +25,13 @@ from politune.data import card, select, sources
 from politune.data.columns import (
     IS_CONVERSATION,
     IS_SPLICEABLE,
-    TAKEN,
     Columns,
     Reader,
+    changed,
     jobs,
     read_columns,
     shingles_of,
+    sound,
     starts,
     wanted_rows,
 )
@@ -130,13 +131,26 @@ def _twin(recipe: Recipe) -> Recipe | None:
             what = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise ConfigError(safe(what), where="match.twin", fix="give it a recipe's file of its own") from None
         return recipe.model_copy(update={"source": (source,), "match": None})
-    twin = presets.read_recipe(recipe.match.twin)
-    if twin.match and twin.match.on != recipe.match.on:
+    twin, name = presets.read_recipe(recipe.match.twin), safe(recipe.match.twin)
+    if twin.unit != recipe.unit:
+        raise ConfigError(f"the twin {name} counts lengths in {twin.unit}", where="unit", fix="say the same in both")
+    if twin.match is None:
+        return twin
+    if twin.match.on != recipe.match.on:
         on = ", ".join(twin.match.on)
+        raise ConfigError(f"the twin {name} matches on {on}", where="match.on", fix="say the same in both")
+    if not _is_named_by(recipe, twin.match.twin):
         raise ConfigError(
-            f"the twin {safe(recipe.match.twin)} matches on {on}", where="match.on", fix="say the same in both"
+            f"the twin {name} is matched with {safe(twin.match.twin)}, which is not this recipe",
+            where="match.twin",
+            fix="name each in the other, or leave the twin's table [match] out",
         )
     return twin
+
+
+def _is_named_by(recipe: Recipe, name: str) -> bool:
+    """Whether a twin's twin is the recipe, whatever the title."""
+    return name.endswith(".toml") and presets.read_recipe(name).model_copy(update={"title": recipe.title}) == recipe
 
 
 def names_of(recipe: Recipe) -> list[str]:
@@ -214,10 +228,13 @@ def _alike(side: Side, processes: int | None, pairs: "NDArray[Any]") -> "NDArray
 
     known: dict[int, Any] = {}
     begins = 0
-    for reader, stream, sizes in zip(side.readers, side.streams, side.columns.sizes, strict=True):
+    sources_of = zip(side.readers, side.streams, side.states, side.columns.sizes, strict=True)
+    for reader, stream, state, sizes in sources_of:
         parts = wanted_rows(stream, sizes, begins, np.unique(pairs))
         for rows, runs in in_order(partial(shingles_of, reader), parts, processes):
             known |= zip(rows, runs, strict=True)
+        if stream.state() != state:
+            raise changed(reader)
         begins += sum(sizes)
     alike = [similarity(known[one], known[other]) >= THRESHOLD for one, other in pairs.tolist()]
     return np.array(alike, bool)
@@ -257,7 +274,7 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
         for number, (source, stream) in enumerate(zip(recipe.source, own.streams, strict=True))
     )
     document = public(recipe)
-    is_conversation = (columns.marks[columns.verdicts == TAKEN] & IS_CONVERSATION).any()
+    is_conversation = (columns.marks[chosen.rows] & IS_CONVERSATION).any()
     return Built(
         title=recipe.title,
         direction=_direction(own, counts.tolist()),
@@ -392,7 +409,7 @@ def _write_rows(
                 done += count
                 phase(done, len(chosen.rows))
             if stream.state() != own.states[number]:
-                raise _changed(reader)
+                raise changed(reader)
 
 
 def _picked(
@@ -429,10 +446,6 @@ def _again(stream: sources.Stream, sizes: Sequence[int]) -> Iterator[tuple[Part 
     ((path, name),) = stream.files
     for start, size in zip(starts(sizes), sizes, strict=True):
         yield Stretch(path, name, start, size), 0
-
-
-def _changed(reader: Reader) -> DataError:
-    return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
 
 
 def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
@@ -481,15 +494,7 @@ def _spliced(line: bytes, turned: bool) -> bytes | None:
 
 
 def _tail(topic: str, source: str) -> bytes:
-    return (
-        json.dumps({"topic": _sound(topic), "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1)
-        + b"\n"
-    )
-
-
-def _sound(text: str) -> str:
-    """Without halves of characters, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
+    return json.dumps({"topic": topic, "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1) + b"\n"
 
 
 def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -497,7 +502,7 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
     assert not isinstance(picked.part, Stretch)
     whole = rendering.reader.table(picked.part, picked.first)
     if len(whole.rows) != picked.size:
-        raise _changed(rendering.reader)
+        raise changed(rendering.reader)
     rows = [whole.rows[picked.rows[index]] for index in missing]
     lines = tuple(whole.lines[picked.rows[index]] for index in missing) if whole.lines else None
     table = Table(whole.columns, rows, whole.name, "", lines=lines)
@@ -506,8 +511,8 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
         chosen, rejected = (two, one) if picked.turned[index] else (one, two)
         yield {
             **_shaped(prompt, chosen, rejected, rendering.shape),
-            "id": f"{picked.ids[index]:016x}" if own in (None, "") else _sound(str(own)),
-            "topic": _sound(picked.topics[index]),
+            "id": f"{picked.ids[index]:016x}" if own in (None, "") else sound(str(own)),
+            "topic": picked.topics[index],
             "source": rendering.source,
         }
 
@@ -594,7 +599,7 @@ class InUse(OutputError):
 
 def _locked_file(draft: Path, output: Path) -> int:
     while True:
-        handle = os.open(draft, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not locked(handle, output.parent):
             os.close(handle)
             raise InUse(f"another build of {safe(output)} is at work", fix="wait for it to end, or name another file")
@@ -605,9 +610,10 @@ def _locked_file(draft: Path, output: Path) -> int:
 
 def _remove_leftovers(output: Path) -> None:
     """What a build left that was killed while it wrote manifest or card."""
-    begins = tuple(f".{_beside(output, suffix).name}-" for suffix in (MANIFEST, CARD))
+    begins = "|".join(re.escape(_beside(output, suffix).name) for suffix in (MANIFEST, CARD))
+    name = re.compile(rf"\.({begins})-[a-z0-9_]{{8}}")  # as tempfile ends them
     for path in output.parent.iterdir():
-        if path.name.startswith(begins):
+        if name.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -81,7 +81,7 @@ def _source_line(each: SourceFacts) -> str:
 
 def _cell(text: str) -> str:
     """Foreign text for a cell of a table."""
-    return plain(text).replace("|", "\\|")
+    return plain(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _placebo(built: Built) -> list[str]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,14 +76,6 @@ class Reader:
         topics = tuple(recipe.topics.items())
         rules, sketches = (*drop, *keep), recipe.filter.near_duplicates
         return cls(label, stream.membership, source.direction, recipe.unit, rules, topics, sketches)
-
-    @cached_property
-    def compiled_rules(self) -> list[tuple[str, re.Pattern[str], bool]]:
-        return [(field, re.compile(pattern), keeps) for field, pattern, keeps in self.rules]
-
-    @cached_property
-    def compiled_topics(self) -> list[tuple[str, re.Pattern[str]]]:
-        return [(name, re.compile(pattern)) for name, pattern in self.topics]
 
     def table(self, part: Part, first: int) -> Table:
         """The part's rows that belong to the data set, the others counted.
@@ -248,22 +240,25 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
         return topics, [TAKEN] * len(topics)
     verdicts, index, pattern = [], 0, ""
     languages = _languages(reader, texts)
+    named = [(name, _compiled(topic)) for name, topic in reader.topics]
+    rules = [(field, _compiled(rule), keeps) for field, rule, keeps in reader.rules]
     try:
         with _patience(PATIENCE_SECONDS):
             for index, (prompt, chosen, rejected) in enumerate(texts):
                 fields = {"prompt": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
                 if reader.topics:
                     topics[index] = OTHER_TOPIC
-                for name, topic in reader.compiled_topics:
+                for name, topic in named:
                     pattern = topic.pattern
                     if topic.search(fields["prompt"]):
                         topics[index] = name
                         break
                 fields |= {"topic": topics[index], "language": languages[index]}
                 verdict = TAKEN
-                for number, (field, rule, keeps) in enumerate(reader.compiled_rules):
+                for number, (field, rule, keeps) in enumerate(rules):
                     pattern = rule.pattern
-                    if (rule.search(fields[field]) is None) == keeps:
+                    found = rule.fullmatch if field == "language" else rule.search
+                    if (found(fields[field]) is None) == keeps:
                         verdict = FIRST_RULE + number
                         break
                 verdicts.append(verdict)
@@ -277,6 +272,12 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
     return topics, verdicts
 
 
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Once in a process, which reads many parts."""
+    return re.compile(pattern)
+
+
 def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
     """Of each row, where a rule asks for it: a tenth of a millisecond and more for each."""
     if not any(field == "language" for field, _, _ in reader.rules):
@@ -286,27 +287,35 @@ def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
 
 def _own_topic(row: dict[str, object]) -> str:
     topic = row.get("topic")
-    return OTHER_TOPIC if topic in (None, "") else str(topic)[:TOPIC_CHARACTERS]
+    return OTHER_TOPIC if topic in (None, "") else sound(str(topic)[:TOPIC_CHARACTERS])
+
+
+def sound(text: str) -> str:
+    """Without halves of characters, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
 def _patience(seconds: float) -> Iterator[None]:
-    """Raises `_TooSlow` after so long: nothing else ends a regular expression that has gone astray. In main threads only."""
+    """Raises `_TooSlow` after so much work: nothing else ends a regular expression that has gone astray. In main threads only.
+
+    The processor's time counts: another program that keeps it busy is no pattern's fault.
+    """
 
     def stop(*_: object) -> None:
         raise _TooSlow
 
     try:
-        former = signal.signal(signal.SIGALRM, stop)
+        former = signal.signal(signal.SIGVTALRM, stop)
     except ValueError:
         yield
         return
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, former)
 
 
 # --- all parts of a source -------------------------------------------------------------------------------------------
@@ -412,6 +421,11 @@ def jobs(stream: Stream) -> Iterator[Job]:
         first += len(part.rows.rows) if isinstance(part, RowsPart) else 0
 
 
+def changed(reader: Reader) -> DataError:
+    """The error of a source that is another one at its second reading."""
+    return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
+
+
 def starts(sizes: Sequence[int]) -> list[int]:
     """Where each part's rows begin among all rows of its source."""
     return [0, *accumulate(sizes)][:-1]
@@ -438,4 +452,6 @@ def shingles_of(reader: Reader, wanted: tuple[Job, list[int], int]) -> tuple[lis
     """(the numbers of the wanted rows of a part, the runs that near-duplicates are told by)."""
     (part, first), numbers, start = wanted
     texts = reader.texts(reader.table(part, first))
+    if numbers[-1] - start >= len(texts):
+        raise changed(reader)
     return numbers, shingles([whole_text(texts[number - start]) for number in numbers])

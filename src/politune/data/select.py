@@ -30,6 +30,8 @@ Alike: TypeAlias = "Callable[[NDArray[Any]], NDArray[Any]]"
 """Which of some pairs of rows, [pairs, 2], are near-duplicates; a mask."""
 Choice: TypeAlias = tuple[Recipe, Columns, Alike]
 
+MOST_ROUNDS = 30
+"""Of comparing what may be nearly the same, each a reading of those rows."""
 BIN_EDGES = tuple(sorted({round(2 ** (half / 2)) for half in range(64)}))
 """Of lengths and differences: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32 ...; a bin is about 40 % wide."""
 SPAN = 2 * len(BIN_EDGES) + 2
@@ -412,26 +414,32 @@ def _filter(each: Selection) -> None:
 
 
 def _one_of_each_group(each: Selection) -> "NDArray[Any]":
-    """Of rows that are nearly the same, directly or through others, the one with the lowest rank; a mask of the rows left."""
+    """Of rows that are nearly the same, directly or through others, the one with the lowest rank; a mask of the rows left.
+
+    Where there are too many to compare all at once, those that stay are compared again, as often as some go.
+    """
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    ranked = each.rows[np.argsort(each.ranks[each.rows], kind="stable")]
-    pairs, is_all = candidates(each.columns.bands, ranked)
-    if not is_all:
-        raise DataError(
-            "too many rows are nearly the same to compare them all",
-            where="filter.near_duplicates",
-            why="they seem to be made by a template",
-            fix="leave near_duplicates out, or drop such rows by a rule",
-        )
-    pairs = pairs[each.alike(pairs)]
-    size = each.columns.rows
-    graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
-    groups = connected_components(graph, directed=False)[1]
-    kept = ranked[np.unique(groups[ranked], return_index=True)[1]]
-    return np.isin(each.rows, kept)
+    left = each.rows[np.argsort(each.ranks[each.rows], kind="stable")]
+    for _ in range(MOST_ROUNDS):
+        pairs, is_all = candidates(each.columns.bands, left)
+        pairs = pairs[each.alike(pairs)]
+        size = each.columns.rows
+        graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+        groups = connected_components(graph, directed=False)[1]
+        left = left[np.sort(np.unique(groups[left], return_index=True)[1])]
+        if is_all:
+            return np.isin(each.rows, left)
+        if not len(pairs):
+            break
+    raise DataError(
+        "too many rows are nearly the same to compare them all",
+        where="filter.near_duplicates",
+        why="they seem to be made by a template",
+        fix="leave near_duplicates out, or drop such rows by a rule",
+    )
 
 
 def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":
