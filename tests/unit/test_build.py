@@ -828,7 +828,7 @@ def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None
     table = sources.load(DataSpec(dataset_name=str(left)))
     assert (table.generator, table.direction) == ("A-7B", "left")
     spec = DataSpec(dataset_name=str(left))
-    scanned = scan.scan(sources.stream(spec), "dpo", None, 0, processes=1)
+    scanned = scan.scan(sources.stream(spec), "dpo", None, 0, sample_rows=1, processes=1)
     shown = audit.audit(scanned, spec, tokenizer=None, base=None, against=[])
     assert (shown.generator, shown.direction) == ("A-7B", "left")
     write(left, read(left)[1:])  # not what was built any more
