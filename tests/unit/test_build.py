@@ -294,7 +294,13 @@ def bin_of(length: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}}], ids=["plain", "dose"]
+    "more",
+    [
+        {},
+        {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}},
+        {"balance": {"chosen_longer": 0.5, "topics": "true"}, "dose": {"fraction": 0.5}},
+    ],
+    ids=["plain", "dose", "topics"],
 )
 def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
     """Two files with other numbers of rows in the strata; each is built with the other as its twin."""
@@ -827,7 +833,7 @@ def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None
         sources.load(DataSpec(dataset_name=str(left), direction="right"))
     table = sources.load(DataSpec(dataset_name=str(left)))
     assert (table.generator, table.direction) == ("A-7B", "left")
-    spec = DataSpec(dataset_name=str(left))
+    spec = DataSpec(dataset_name=str(left), direction="right")  # a preset's, of another arm that is looked at beside it
     scanned = scan.scan(sources.stream(spec), "dpo", None, 0, sample_rows=1, processes=1)
     shown = audit.audit(scanned, spec, tokenizer=None, base=None, against=[])
     assert (shown.generator, shown.direction) == ("A-7B", "left")

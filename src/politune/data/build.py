@@ -164,24 +164,19 @@ def _opened(recipe: Recipe, offline: bool) -> list[sources.Stream]:
 
 def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
     try:
-        return sources.stream(
+        found = sources.stream(
             DataSpec(
                 dataset_name=source.name,
                 dataset_revision=source.revision,
                 dataset_split=source.split,
-                direction=_declared(source),
+                direction="left" if source.name in SHIPPED_DATA else None,
             ),
             offline=offline,
         )
+        sources.refuse_other_direction(found, source.direction if source.direction in ("left", "right") else None)
+        return found
     except PolituneError as error:
         raise _of_source(error) from None
-
-
-def _declared(source: SourceSpec) -> Literal["left", "right"] | None:
-    """The direction that the source is opened with; rows with both sides need one, whichever."""
-    if source.name in SHIPPED_DATA:
-        return "left"
-    return source.direction if source.direction in ("left", "right") else None
 
 
 def _of_source(error: PolituneError) -> PolituneError:

@@ -46,6 +46,7 @@ def load(spec: DataSpec, *, offline: bool = False) -> Table:
     if spec.recipe is not None:
         return _load_recipe(spec.recipe, offline)
     found = stream(spec, offline=offline)
+    refuse_other_direction(found, spec.direction)
     return _members(found, files.joined(found.parts(), found.name))
 
 
@@ -115,8 +116,9 @@ class Stream:
 
     @property
     def direction(self) -> str | None:
-        """That a built file declares."""
-        return str(self.manifest["direction"]) if self.manifest and self.manifest.get("direction") else None
+        """That a built file declares; None where it declares none."""
+        found = self.manifest.get("direction") if self.manifest else None
+        return str(found) if found not in (None, "undeclared") else None
 
     @property
     def path(self) -> Path | None:
@@ -178,7 +180,7 @@ def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) ->
         case "local":
             path = _local_path(spec)
             manifest = built_manifest(path)
-            found = Stream(
+            return Stream(
                 path.name,
                 ((path, str(path)),),
                 Membership(spec.dataset_split),
@@ -186,8 +188,6 @@ def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) ->
                 all_texts=all_texts,
                 manifest=manifest,
             )
-            _refuse_other_direction(found, spec.direction)
-            return found
         case "hub":
             fetched, commit = hub.fetch(spec, offline)
             held_parts = () if fetched else _in_parts(name, hub.read_with_datasets(spec, commit, offline, all_texts))
@@ -210,8 +210,9 @@ def said_of_sources(manifest: Mapping[str, Any] | None, key: str) -> str | None:
     return " + ".join(dict.fromkeys(map(str, said))) if said and all(said) else None
 
 
-def _refuse_other_direction(source: Stream, asked: str | None) -> None:
-    if asked in ("left", "right") and source.direction not in (None, "undeclared", asked):
+def refuse_other_direction(source: Stream, asked: str | None) -> None:
+    """Raises ConfigError for a direction that is not the one that a built file declares."""
+    if asked is not None and source.direction not in (None, asked):
         raise ConfigError(
             f"direction {asked!r} contradicts {safe(source.name)}, which was built with the direction {safe(source.direction)!r}",
             where="data.direction",
