@@ -312,7 +312,7 @@ def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
         other = "right" if name == "left" else "left"
         lines = [f'title = "{name}"', "[[source]]", f'name = "{tmp_path / name}.jsonl"', f'direction = "{name}"']
         lines += ["[match]", f'twin = "{tmp_path / other}.toml"']
-        lines += [f"[{group}]\n{key} = {value}" for group, table in more.items() for key, value in table.items()]
+        lines[:0] = [f"{group}.{key} = {value}" for group, table in more.items() for key, value in table.items()]
         (tmp_path / f"{name}.toml").write_text("\n".join(lines) + "\n")
     made = {}
     for name in ("left", "right"):
