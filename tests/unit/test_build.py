@@ -593,7 +593,8 @@ def test_a_source_that_changes_between_the_readings(
 
 def test_a_source_that_shrinks_before_its_texts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, candidates = write(tmp_path / "rows.jsonl", similar_rows()), build.select.candidates
-    for rows in (similar_rows()[:41], similar_rows()[:3]):
+    for rows, part_bytes in ((similar_rows()[:41], 2**20), (similar_rows()[:3], 16)):  # one part, and each row one
+        monkeypatch.setattr("politune.data.files.PART_BYTES", part_bytes)
         write(file, similar_rows())
 
         def shrink(*given: Any, rows: list[Row] = rows) -> Any:

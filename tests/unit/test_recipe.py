@@ -236,6 +236,21 @@ def test_a_placebo_of_many_small_topics_has_even_sides() -> None:
         assert int(found.turned.sum()) == rows // 2
 
 
+@pytest.mark.parametrize("topics", [False, True])
+def test_matched_rows_of_other_files_have_equal_strata(topics: bool) -> None:
+    """Other texts in equal strata: also of odd doses as many of every topic and side, whatever the ranks."""
+    signs, of_topics = [1, -1] * 20, [n // 2 % 4 for n in range(40)]
+    for rows in (5, 9, 13):
+        fields = {"source": [{"name": "rows.jsonl"}], "match": {"twin": "twin.toml"}, "dose": {"rows": rows}}
+        recipe = Recipe.model_validate({**fields, "balance": {"topics": topics}})
+        both = [(recipe, columns_of(signs, of_topics, seed=seed), lambda pairs: pairs) for seed in range(6)]
+        found = []
+        for one in both:
+            kept = select.choose(one, both[0]).rows
+            found.append(Counter(zip(one[1].topics[kept].tolist(), np.array(signs)[kept].tolist(), strict=True)))
+        assert all(each == found[0] for each in found)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_two_answers_of_a_file_keep_the_same_rows(data: st.DataObject) -> None:
