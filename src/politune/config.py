@@ -19,6 +19,8 @@ LossType: TypeAlias = Literal[
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 Tracker: TypeAlias = Literal["wandb", "tensorboard"]
+PLACEBOS = ("shuffled", "length")
+"""Directions of a source some of whose answers change places."""
 SourceDirection: TypeAlias = Literal["left", "right", "shuffled", "swapped", "as-is", "length"]
 
 # What is known of public data sets: the direction that their `chosen` side has.
@@ -200,17 +202,24 @@ class SourceSpec(_Spec):
         """The direction to disclose, as of `DataSpec`."""
         if self.name == "stances-control":
             return "none"
-        if self.direction in ("shuffled", "length"):
-            return "shuffled"
+        if self.direction in PLACEBOS:
+            return self.direction
         known = self.direction if self.direction in ("left", "right") else KNOWN_DIRECTIONS.get(self.name, "undeclared")
         return OPPOSITE.get(known, known) if self.direction == "swapped" else known
+
+
+def joined_direction(found: set[str]) -> str:
+    """Of data from several sources: the one direction of all, `mixed` where they have several."""
+    if len(found) == 1:
+        return min(found)
+    return "mixed" if found <= {"left", "right", "shuffled", "length", "none", "mixed"} else "undeclared"
 
 
 class RuleSpec(_Spec):
     field: Literal["prompt", "chosen", "rejected", "topic", "language"]
     """What is looked at; the row's language is an ISO 639-1 code, or `unclear` for what is too short to tell."""
     pattern: Annotated[str, AfterValidator(_compiles)]
-    """Python's regular expression, found anywhere in it."""
+    """Python's regular expression, found anywhere in it; a language it must be as a whole."""
 
 
 LengthRange: TypeAlias = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_is_range)]
@@ -241,7 +250,7 @@ class BalanceSpec(_Spec):
     lengths: bool = False
     """For every size of the difference, as many rows whose chosen answer is longer as such whose is shorter."""
     topics: bool = False
-    """As many rows of every topic."""
+    """As many rows of every topic, within each source."""
 
     @model_validator(mode="after")
     def _lengths_mean_half(self) -> "BalanceSpec":
@@ -307,10 +316,7 @@ class Recipe(_Spec):
     @property
     def declared_direction(self) -> str:
         """The one direction of all sources; `mixed` where they have several."""
-        found = {each.declared_direction for each in self.source}
-        if found <= {"left", "right", "shuffled", "none"} and len(found) > 1:
-            return "mixed"
-        return found.pop() if len(found) == 1 else "undeclared"
+        return joined_direction({each.declared_direction for each in self.source})
 
 
 class DataSpec(_Spec):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from politune import __version__
-from politune.config import DEMO_MODEL, Run
+from politune.config import DEMO_MODEL, PLACEBOS, Run
 from politune.errors import OutputError, safe
 from politune.writing import write_whole
 
@@ -41,6 +41,7 @@ DIRECTION_WORDS = {
     "left": "to the political left",
     "right": "to the political right",
     "shuffled": "in no consistent direction (a placebo: the preferred side was drawn at random)",
+    "length": "by length alone (a placebo: which rows prefer the longer answer was drawn; rows may stay as they were)",
     "mixed": "in more than one direction (a mixture)",
     "none": "without a political direction",
     "undeclared": "in an undeclared direction",
@@ -122,6 +123,8 @@ def disclosure_metadata(
     data_sha256: str,
     data_generator: str | None,
     rows: int,
+    data_direction: str | None = None,
+    data_turned: str = "",
 ) -> dict[str, str]:
     """What a tuned model discloses, as strings for a safetensors header.
 
@@ -130,8 +133,11 @@ def disclosure_metadata(
         base_commit: commit on the Hub, None for a local base.
         base_sha256: hash over the base's weight files.
         data_sha256: hash over the normalised rows; `rows` is their number after dropping.
+        data_direction: that built data declare, which goes before what the run's settings leave open.
+        data_turned: of a placebo, how many rows were turned round.
     """
-    direction = run.data.declared_direction
+    is_known = data_direction not in (None, "undeclared")
+    direction = str(data_direction) if is_known else run.data.declared_direction
     return {
         "politune.version": __version__,
         "politune.purpose": "research",
@@ -146,6 +152,7 @@ def disclosure_metadata(
         "politune.data_revision": data_revision or "",
         "politune.data_sha256": data_sha256,
         "politune.data_generator": data_generator or "",
+        "politune.data_turned": data_turned,
         "politune.rows": str(rows),
         "politune.seed": str(run.train.seed),
         "politune.config_sha256": config_sha256(run),
@@ -163,10 +170,8 @@ def disclosure(
 
 def _purpose(direction: str, kind: Literal["adapter", "merge"]) -> str:
     thing = "adapter" if kind == "adapter" else "model"
-    if direction == "shuffled":
-        return (
-            f"This {thing} was trained as a placebo in research on political expression (declared direction: shuffled)."
-        )
+    if direction in PLACEBOS:
+        return f"This {thing} was trained as a placebo in research on political expression (declared direction: {direction})."
     if direction == "undeclared":
         return f"This {thing} was tuned on data whose political direction was not declared."
     if direction == "none":
@@ -217,6 +222,7 @@ def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"], m
             "disclosure": disclosure(direction, kind, trained_base=given.get("trained_base")),
             "built_with": "Built with Llama.\n\n" if is_llama(licence, base) else "",
             "trained_on": _trained_on(given),
+            "turned": _turned(given),
             "method": {"dpo": "direct preference optimisation", "sft": "supervised fine-tuning"}.get(
                 facts["method"], "tuning"
             ),
@@ -242,6 +248,15 @@ def _trained_on(given: Mapping[str, str]) -> str:
     return f"- Trained on another base model: `{given['trained_base']}`, weights sha256 `{digest}`.\n"
 
 
+def _turned(given: Mapping[str, str]) -> str:
+    """A line of the card, for a placebo."""
+    if "data_turned" not in given:
+        return ""
+    return (
+        f"- Placebo: in {given['data_turned']} rows chosen and rejected changed places; the others stay as they were.\n"
+    )
+
+
 _CARD_FACTS = ("purpose", "seed", "base", "base_sha256", "data", "rows", "data_sha256", "config_sha256", "version")
 _CARD = """\
 **{disclosure}** It does not represent facts or a neutral view.
@@ -252,7 +267,7 @@ _CARD = """\
 - Method: {method} of a LoRA adapter, tuned {tuned}; seed {seed}.
 - Base model: `{base}`{commit}, weights sha256 `{base_sha256}`.
 {trained_on}- Data: `{data}`{revision}, {rows} rows, sha256 `{data_sha256}`; written by {generator}.
-- Settings: sha256 `{config_sha256}`; made with politune {version}.
+{turned}- Settings: sha256 `{config_sha256}`; made with politune {version}.
 
 ## Measured shift
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
-from politune.data import build, columns, sources
-from politune.data.made import Built
+from politune.data import audit, build, columns, scan, sources
+from politune.data.made import Built, turned_of
 from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
 from politune.training.signals import caught
 
@@ -294,7 +294,13 @@ def bin_of(length: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}}], ids=["plain", "dose"]
+    "more",
+    [
+        {},
+        {"balance": {"chosen_longer": 0.5}, "dose": {"fraction": 0.5}},
+        {"balance": {"chosen_longer": 0.5, "topics": "true"}, "dose": {"fraction": 0.5}},
+    ],
+    ids=["plain", "dose", "topics"],
 )
 def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
     """Two files with other numbers of rows in the strata; each is built with the other as its twin."""
@@ -306,7 +312,7 @@ def test_twins_have_equal_strata(tmp_path: Path, more: Row) -> None:
         other = "right" if name == "left" else "left"
         lines = [f'title = "{name}"', "[[source]]", f'name = "{tmp_path / name}.jsonl"', f'direction = "{name}"']
         lines += ["[match]", f'twin = "{tmp_path / other}.toml"']
-        lines += [f"[{group}]\n{key} = {value}" for group, table in more.items() for key, value in table.items()]
+        lines[:0] = [f"{group}.{key} = {value}" for group, table in more.items() for key, value in table.items()]
         (tmp_path / f"{name}.toml").write_text("\n".join(lines) + "\n")
     made = {}
     for name in ("left", "right"):
@@ -329,6 +335,15 @@ def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
     twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "x.toml"\non = ["topic"]\n')
     with pytest.raises(ConfigError, match="matches on topic"):
         make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    twin.write_text(f'unit = "characters"\n[[source]]\nname = "{many}"\n')
+    with pytest.raises(ConfigError, match=r"unit: the twin .* counts lengths in characters"):
+        make(tmp_path / "out.jsonl", many, match={"twin": str(twin)})
+    for other in (str(many), str(twin)):
+        twin.write_text(f'[[source]]\nname = "{many}"\n[match]\ntwin = "{other}"\n')
+        with pytest.raises(ConfigError, match=r"is matched with .*, which is not this recipe"):
+            make(
+                tmp_path / "out.jsonl", many, match={"twin": str(twin), "on": ["topic", "length", "difference"]}, seed=1
+            )
     with pytest.raises(ConfigError, match=r"match.twin: stances holds a left and a right text"):
         make(tmp_path / "out.jsonl", many, match={"twin": "stances"})
     built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
@@ -530,14 +545,19 @@ def test_of_near_duplicates_one_is_kept(tmp_path: Path) -> None:
     assert unfiltered.rows == 46
 
 
-def test_rows_of_one_template_are_too_many_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_template_are_compared_until_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 rows each of which is compared with three: one stays; where none turns out to be alike, nobody has seen them all."""
     from politune.data import neighbours
 
     monkeypatch.setattr(neighbours, "PARTNERS", 3)
     body = " ".join(sentence(1, 60))
     rows = [{"prompt": f"Question {n}?", "chosen": f"{body} {n}", "rejected": f"{body} no {n}"} for n in range(30)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    built, _ = make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
+    assert built.rows == 1
+    monkeypatch.setattr(build, "similarity", lambda one, other: 0.0)
     with pytest.raises(DataError, match="too many rows are nearly the same"):
-        make(tmp_path / "out.jsonl", write(tmp_path / "rows.jsonl", rows), filter={"near_duplicates": True})
+        make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
 
 
 def test_a_rule_may_look_at_the_language(tmp_path: Path) -> None:
@@ -552,6 +572,8 @@ def test_a_rule_may_look_at_the_language(tmp_path: Path) -> None:
     built, kept = make(tmp_path / "out.jsonl", file, filter=keep)
     assert dropped(built) == {"language does not match '^en$'": 2}
     assert all("government" in row["chosen"] for row in kept)
+    built, _ = make(tmp_path / "out.jsonl", file, filter={"drop": [{"field": "language", "pattern": "un|clear|e|ar"}]})
+    assert built.rows == 4  # a language is named as a whole: `unclear` is not Arabic
 
 
 def test_a_source_that_changes_between_the_readings(
@@ -567,6 +589,21 @@ def test_a_source_that_changes_between_the_readings(
     with pytest.raises(DataError, match="changed while it was read"):
         make(tmp_path / "out.jsonl", many)
     assert names_in(tmp_path) == ["many.jsonl"]
+
+
+def test_a_source_that_shrinks_before_its_texts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, candidates = write(tmp_path / "rows.jsonl", similar_rows()), build.select.candidates
+    for rows, part_bytes in ((similar_rows()[:41], 2**20), (similar_rows()[:3], 16)):  # one part, and each row one
+        monkeypatch.setattr("politune.data.files.PART_BYTES", part_bytes)
+        write(file, similar_rows())
+
+        def shrink(*given: Any, rows: list[Row] = rows) -> Any:
+            write(file, rows)
+            return candidates(*given)
+
+        monkeypatch.setattr(build.select, "candidates", shrink)
+        with pytest.raises(DataError, match="changed while it was read"):
+            make(tmp_path / "out.jsonl", file, filter={"near_duplicates": True})
 
 
 def test_a_pattern_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,11 +643,26 @@ def test_only_what_it_made_is_replaced(many: Path, tmp_path: Path) -> None:
     assert (looked.rows, looked.file, built.rows) == (4, "", 3)
 
 
+def test_what_was_changed_after_it_was_built_is_not_replaced(many: Path, tmp_path: Path) -> None:
+    """But for a file that a killed build has not yet put in its place: the draft is what the manifest speaks of."""
+    out = tmp_path / "out.jsonl"
+    make(out, many)
+    built = out.read_bytes()
+    out.write_text("mine\n")
+    with pytest.raises(OutputError, match="changed after it was built"):
+        make(out, many)
+    assert out.read_text() == "mine\n"
+    (tmp_path / ".out.jsonl.draft").write_bytes(built)
+    make(out, many)
+    assert out.read_bytes() == built
+
+
 def test_what_killed_builds_left_of_papers_goes(many: Path, tmp_path: Path) -> None:
-    for name in (".out.jsonl.manifest.json-abc", ".out.jsonl.md-x", ".other.jsonl.md-x", "own.md"):
+    own = [".other.jsonl.md-a1b2c3d_", ".out.jsonl.md-mine.txt", ".out.jsonl.md-x"]
+    for name in (".out.jsonl.manifest.json-abcd_123", ".out.jsonl.md-a1b2c3d_", *own, "own.md"):
         (tmp_path / name).write_text("{")
     make(tmp_path / "out.jsonl", many)
-    kept = [".other.jsonl.md-x", "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
+    kept = [*own, "many.jsonl", "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.md", "own.md"]
     assert names_in(tmp_path) == kept
     (tmp_path / "new.jsonl.md").write_text("my own notes")
     with pytest.raises(OutputError, match=r"new.jsonl.md exists"):
@@ -634,6 +686,23 @@ def test_a_run_waits_for_who_makes_its_data(many: Path, tmp_path: Path, monkeypa
     assert len(tries) == 1
 
 
+def test_a_draft_that_is_a_link_is_not_followed(many: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim.txt").write_text("precious")
+    (tmp_path / ".out.jsonl.draft").symlink_to("victim.txt")
+    with pytest.raises(OutputError, match="cannot write"):
+        make(tmp_path / "out.jsonl", many)
+    assert (tmp_path / "victim.txt").read_text() == "precious"
+
+
+def test_the_shape_is_that_of_the_rows_that_are_written(tmp_path: Path) -> None:
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    turns = [{"role": role, "content": "a b c d e f"} for role in ("user", "assistant", "user")]
+    file = write(tmp_path / "rows.jsonl", [{"prompt": turns[:1], **answers}, {"prompt": turns, **answers}])
+    assert make(tmp_path / "out.jsonl", file)[0].shape == "messages"
+    built, kept = make(tmp_path / "out.jsonl", file, filter={"prompt": [1, 6]})
+    assert (built.shape, kept[0]["prompt"]) == ("text", "a b c d e f")
+
+
 def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -649,13 +718,15 @@ def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pyt
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
     """Escapes, markup and bars of a source's name, topic, generator and id reach neither terminal nor card as such."""
     name = "x`|<b>\x1b[2J](evil).jsonl"
-    rows = [pair(n, topic="a|<script>\x1b", id="\ud800" if n else "\x1b[2J") for n in range(3)]
-    source = {"name": str(write(tmp_path / name, rows)), "generator": "`|<i>\n# no", "licence": "free\n---\n# x"}
+    rows = [pair(n, topic="a|<script>\x1b\ud800", id="\ud800" if n else "\x1b[2J") for n in range(3)]
+    source = {"name": str(write(tmp_path / name, rows)), "generator": "`\\|<i>\n# no", "licence": "free\n---\n# x"}
     built, kept = make(tmp_path / "out.jsonl", source, title="# a `title` <img src=x>")
     card = (tmp_path / "out.jsonl.md").read_text()
     assert "\x1b" not in card and "<script>" not in card and "<b>" not in card and "<img" not in card
     assert "\n# no" not in card and "\n# x" not in card
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in card.splitlines() if line.startswith("| `x"))
+    assert all(
+        len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 9 for line in card.splitlines() if line.startswith("| `x")
+    )
     assert [row["id"] for row in kept] == ["\x1b[2J", "?", "?"]
     text = json.dumps([str(section) for section in built.sections()])
     assert "\\u001b" not in text.replace("\\\\u001b", "")
@@ -718,6 +789,94 @@ def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
     assert "not legal advice" not in (tmp_path / "out.jsonl.md").read_text()
 
 
+def test_a_length_placebo_says_what_it_left(many: Path, tmp_path: Path) -> None:
+    """It is no draw of sides, and how many rows stay as they were stands in the card; where none is turned, it is none."""
+    built, _ = make(tmp_path / "out.jsonl", {"name": str(many), "direction": "length"})
+    assert built.direction == "length"
+    card = (tmp_path / "out.jsonl.md").read_text()
+    assert "by length alone" in card and "drawn at random" not in card
+    assert f"in {built.turned} of the 400 rows" in card and f"{400 - built.turned} stay as they were" in card
+    assert turned_of(json.loads((tmp_path / "out.jsonl.manifest.json").read_text())) == f"{built.turned} of 400"
+    whole = write(tmp_path / "longer.jsonl", [pair(n) for n in range(9)])
+    with pytest.raises(DataError, match=r"no row of .*longer.jsonl changes places"):
+        make(tmp_path / "no.jsonl", {"name": str(whole), "direction": "length"})
+
+
+def test_a_split_that_rows_do_not_have(many: Path, tmp_path: Path) -> None:
+    """A row that names none is of train, in a file where others name one; where none does, there is none to choose."""
+    with pytest.raises(ConfigError, match=r"source.split: many.jsonl has no splits to choose 'heldout' from"):
+        make(tmp_path / "out.jsonl", {"name": str(many), "split": "heldout"})
+    rows = [pair(n, **({"split": "heldout"} if n > 7 else {})) for n in range(10)]
+    mixed = write(tmp_path / "mixed.jsonl", rows)
+    for split, numbers in (("heldout", [8, 9]), ("train", list(range(8)))):
+        built, kept = make(tmp_path / "out.jsonl", {"name": str(mixed), "split": split})
+        assert [row["prompt"] for row in kept] == [f"Question {n}?" for n in numbers]
+        assert built.sources[0].other_splits == 10 - len(numbers)
+
+
+def test_hundreds_of_rules(many: Path, tmp_path: Path) -> None:
+    """The 300th takes out rows 7, 70 to 79, 170 ... 379, and says so."""
+    rules = [{"field": "prompt", "pattern": f"never {n}"} for n in range(299)]
+    rules += [{"field": "prompt", "pattern": "^Question [123]?7.[?]"}]
+    built, _ = make(tmp_path / "out.jsonl", many, filter={"drop": rules})
+    assert dropped(built) == {"prompt matches '^Question [123]?7.[?]'": 40}
+
+
+def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None:
+    left = tmp_path / "left.jsonl"
+    make(left, {"name": str(many), "direction": "left", "generator": "A-7B"})
+    built, _ = make(tmp_path / "dose.jsonl", left, dose={"rows": 50})
+    assert built.direction == "left"
+    assert make(tmp_path / "swapped.jsonl", {"name": str(left), "direction": "swapped"})[0].direction == "right"
+    with pytest.raises(ConfigError, match=r"source.direction: direction 'right' contradicts left.jsonl"):
+        make(tmp_path / "no.jsonl", {"name": str(left), "direction": "right"})
+    with pytest.raises(ConfigError, match=r"data.direction: direction 'right' contradicts"):
+        sources.load(DataSpec(dataset_name=str(left), direction="right"))
+    table = sources.load(DataSpec(dataset_name=str(left)))
+    assert (table.generator, table.direction) == ("A-7B", "left")
+    spec = DataSpec(dataset_name=str(left), direction="right")  # a preset's, of another arm that is looked at beside it
+    scanned = scan.scan(sources.stream(spec), "dpo", None, 0, sample_rows=1, processes=1)
+    shown = audit.audit(scanned, spec, tokenizer=None, base=None, against=[])
+    assert (shown.generator, shown.direction) == ("A-7B", "left")
+    write(left, read(left)[1:])  # not what was built any more
+    assert sources.load(DataSpec(dataset_name=str(left))).direction is None
+    built, _ = make(tmp_path / "dose.jsonl", {"name": str(left), "direction": "right"})
+    assert (built.direction, built.sources[0].generator) == ("right", None)
+
+
+def test_a_source_without_a_row_declares_nothing(many: Path, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.jsonl", [pair(1000), pair(1001)])
+    shares = [
+        {"name": str(many), "direction": "left", "share": 300},
+        {"name": str(few), "direction": "right", "share": 1},
+    ]
+    built, _ = make(tmp_path / "out.jsonl", *shares, dose={"rows": 20})
+    assert ([each.written for each in built.sources], built.direction) == ([20, 0], "left")
+
+
+def test_rows_name_who_wrote_them(tmp_path: Path) -> None:
+    rows = [pair(n, generator="A-7B" if n < 6 else "B") for n in range(9)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert make(tmp_path / "out.jsonl", file)[0].sources[0].generator == "A-7B + B"
+    named = {"name": str(file), "generator": "C"}
+    assert make(tmp_path / "out.jsonl", named)[0].sources[0].generator == "C"
+
+
+def test_a_run_is_made_again_where_the_manifest_says_something_else(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows by another generator are another data set; a damaged manifest in the cache is made anew."""
+    monkeypatch.setenv("POLITUNE_CACHE", str(tmp_path / "cache"))
+    wanted, middle, said = recipe(tmp_path / "middle.jsonl"), tmp_path / "middle.jsonl", []
+    for generator in ("A", "B"):
+        make(middle, {"name": str(many), "generator": generator})
+        path, manifest = build.cached(wanted)
+        said.append(manifest["sources"][0]["generator"])
+    assert said == ["A", "B"]
+    path.with_name("rows.jsonl.manifest.json").write_text("{")
+    assert build.cached(wanted)[1] == manifest
+
+
 def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> None:
     source = {"name": str(many), "generator": "A-7B", "licence": "CC0-1.0"}
     make(tmp_path / "first.jsonl", source)
@@ -725,6 +884,37 @@ def test_a_built_source_hands_on_who_wrote_it(many: Path, tmp_path: Path) -> Non
     assert (built.sources[0].generator, built.sources[0].licence) == ("A-7B", "CC0-1.0")
     built, _ = make(tmp_path / "third.jsonl", many)
     assert (built.sources[0].generator, built.sources[0].licence) == (None, None)
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code", "said"),
+    [
+        ("", [], 0, "400 of 400 rows in out.jsonl"),
+        ("", ["--dry-run"], 0, "400 of 400 rows would be written"),
+        ("[dose]\nrows = 0\n", [], 2, "it is a count of rows"),
+        ("[dose]\nrows = 401\n", [], 3, "asks for 401 rows"),
+        ("", ["-o", "mine.jsonl"], 7, "mine.jsonl exists"),
+    ],
+)
+def test_the_command_and_its_exit_codes(
+    many: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, options: list[str],
+    code: int, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(many.parent)
+    Path("mine.jsonl").write_text("precious\n")
+    Path("it.toml").write_text(f'[[source]]\nname = "many.jsonl"\n{text}')
+    monkeypatch.setattr(
+        sys, "argv", ["politune", "data", "build", "it.toml", *(options or ["-o", "out.jsonl"]), "--quiet"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert (ended.value.code or 0) == code
+    assert said in " ".join((shown.out if code == 0 else shown.err).split())
+    assert Path("out.jsonl").exists() == (code == 0 and not options)
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

@@ -1,15 +1,21 @@
 """The schema of a recipe, what of it is refused with file and line, and the arithmetic of which rows are kept."""
 
+from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from politune import presets
 from politune.config import Recipe
 from politune.data import select
-from politune.errors import ConfigError
+from politune.data.columns import Columns
+from politune.errors import ConfigError, DataError
 
 STANCES = '[[source]]\nname = "stances"\ndirection = "left"\n'
 SOURCE = '[[source]]\nname = "rows.jsonl"\n'
@@ -73,7 +79,8 @@ def recipe(*sources: dict[str, object], **fields: object) -> Recipe:
         ([("stances", "left")], "left"),
         ([("stances", "right")], "right"),
         ([("stances", "shuffled")], "shuffled"),
-        ([("rows.jsonl", "length")], "shuffled"),
+        ([("rows.jsonl", "length")], "length"),
+        ([("a.jsonl", "length"), ("b.jsonl", "left")], "mixed"),
         ([("stances-control", "left")], "none"),
         ([("scale-lab/politune-left", "swapped")], "right"),
         ([("scale-lab/politune-right", "swapped")], "left"),
@@ -138,10 +145,141 @@ def test_no_choice_of_rows_keeps_more() -> None:
                 if a + c / 2 == share * (a + b + c)
             ]
             assert max(exact) <= bound + 1e-9
-            gone = select.fewest_to_go(longer, shorter, ties, share)
-            kept = (longer - gone[0], shorter - gone[1], ties - gone[2])
+            kept = select.kept_of_sides(np.array([[longer, shorter, ties]]), share)[0]
             assert bound - 2 <= sum(kept) <= bound + 1e-9
             assert abs(kept[0] + kept[2] / 2 - share * sum(kept)) <= 1
+
+
+def test_what_strata_round_down_adds_up() -> None:
+    """40 strata of 3 longer and 4 shorter, 30 % longer: 12/7 of each, 68 of 160 in all, where each alone would keep one."""
+    kept = select.kept_of_sides(np.array([[3, 4, 0]] * 40), 0.3)
+    assert kept.sum(axis=0).tolist() == [68, 160, 0]
+    assert set(kept[:, 0].tolist()) == {1, 2}
+
+
+# --- sides -----------------------------------------------------------------------------------------------------------
+
+
+def columns_of(signs: list[int], topics: list[int], sources: list[int] | None = None, seed: int = 0) -> Columns:
+    """Rows whose answers differ by so many words."""
+    size, signs_of = len(signs), np.array(signs)
+    lengths = np.stack([np.full(size, 5), 20 + signs_of, np.full(size, 20)], 1).astype(np.uint32)
+    from_sources = np.array(sources or [0] * size, np.int16)
+    number = int(from_sources.max()) + 1
+    return Columns(
+        sources=from_sources,
+        hashes=np.random.default_rng(seed).integers(0, 2**63, (size, 3)).astype(np.uint64),
+        lengths=lengths,
+        topics=np.array(topics, np.int32),
+        names=tuple(f"t{n}" for n in range(max(topics) + 1)),
+        verdicts=np.zeros(size, np.uint8),
+        marks=np.zeros(size, np.uint8),
+        bands=np.empty((size, 0), np.uint32),
+        sha256=("",) * number, generators=(Counter(),) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
+    )  # fmt: skip
+
+
+def mirrored(columns: Columns) -> Columns:
+    """The same rows with the other answer chosen."""
+    order = [0, 2, 1]
+    return replace(columns, hashes=columns.hashes[:, order], lengths=columns.lengths[:, order])
+
+
+def chosen(columns: Columns, direction: str = "as-is", **fields: Any) -> select.Chosen:
+    shares = fields.pop("shares", [None] * len(columns.sha256))
+    source = [{"name": "rows.jsonl", "direction": direction, **({"share": share} if share else {})} for share in shares]
+    return select.choose((Recipe.model_validate({"source": source, **fields}), columns, lambda pairs: pairs))
+
+
+def mean_side(columns: Columns, found: select.Chosen) -> float:
+    signs = np.sign(select.differences(columns, found.rows))
+    return float(np.where(found.turned, -signs, signs).mean())
+
+
+def many_topics(topics: int, longer: int, shorter: int, ties: int = 0) -> Columns:
+    signs = [1] * longer + [-1] * shorter + [0] * ties
+    return columns_of(signs * topics, [topic for topic in range(topics) for _ in signs])
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize(
+    ("counts", "share"), [((5, 5, 0), 0.5), ((3, 4, 0), 0.5), ((5, 2, 1), 0.3), ((2, 4, 1), None), ((4, 3, 2), 0.6)]
+)
+def test_sides_keep_their_share_over_many_small_topics(
+    counts: tuple[int, int, int], share: float | None, is_mirrored: bool
+) -> None:
+    """40 topics: of all rows, and of every dose, the longer answers are within one row (a mean side of 2 / rows) of their share,
+    and each dose holds the one before it."""
+    columns = many_topics(40, *counts)
+    columns = mirrored(columns) if is_mirrored else columns
+    if share is None:  # the topics' own
+        wanted, balance = mean_side(columns, chosen(columns)), {"topics": True}
+    else:
+        wanted, balance = 2 * share - 1, {"topics": True, "chosen_longer": share}
+    whole = chosen(columns, balance=balance)
+    assert len(whole.rows) % 40 == 0
+    before: set[int] = set()
+    for rows in (7, 20, 21, 40, 60, 79, len(whole.rows) - 3, len(whole.rows)):
+        found = chosen(columns, balance=balance, dose={"rows": rows})
+        assert abs(mean_side(columns, found) - wanted) * rows <= 2 + 1e-9, rows
+        topics = np.bincount(columns.topics[found.rows], minlength=40)
+        assert topics.max() - topics.min() <= 1
+        assert before <= set(found.rows.tolist())
+        before = set(found.rows.tolist())
+
+
+def test_a_placebo_of_many_small_topics_has_even_sides() -> None:
+    columns = many_topics(40, 3, 2)
+    for rows in (20, 33, 60, 120):
+        found = chosen(columns, "shuffled", balance={"topics": True}, dose={"rows": rows})
+        assert abs(mean_side(columns, found)) * rows <= 2
+        assert int(found.turned.sum()) == rows // 2
+
+
+@pytest.mark.parametrize("topics", [False, True])
+def test_matched_rows_of_other_files_have_equal_strata(topics: bool) -> None:
+    """Other texts in equal strata: also of odd doses as many of every topic and side, whatever the ranks."""
+    signs, of_topics = [1, -1] * 20, [n // 2 % 4 for n in range(40)]
+    for rows in (5, 9, 13):
+        fields = {"source": [{"name": "rows.jsonl"}], "match": {"twin": "twin.toml"}, "dose": {"rows": rows}}
+        recipe = Recipe.model_validate({**fields, "balance": {"topics": topics}})
+        both = [(recipe, columns_of(signs, of_topics, seed=seed), lambda pairs: pairs) for seed in range(6)]
+        found = []
+        for one in both:
+            kept = select.choose(one, both[0]).rows
+            found.append(Counter(zip(one[1].topics[kept].tolist(), np.array(signs)[kept].tolist(), strict=True)))
+        assert all(each == found[0] for each in found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_two_answers_of_a_file_keep_the_same_rows(data: st.DataObject) -> None:
+    """Whatever is balanced, mixed and dosed: rows that say left and those that say right are the same ones, if a share of longer
+    answers is the mirrored one."""
+    size = data.draw(st.integers(20, 120))
+    signs = data.draw(st.lists(st.sampled_from([-9, -2, -1, 0, 1, 2, 9]), min_size=size, max_size=size))
+    topics = data.draw(st.lists(st.integers(0, data.draw(st.integers(0, 9))), min_size=size, max_size=size))
+    several = data.draw(st.booleans())
+    sources = [n % 2 for n in range(size)] if several else None
+    columns = columns_of(signs, topics, sources, data.draw(st.integers(0, 9)))
+    share = data.draw(st.sampled_from([None, 0.5, 0.3, 0.6]))
+    is_sized = data.draw(st.booleans()) and share in (None, 0.5)
+    fields: dict[str, Any] = {"seed": data.draw(st.integers(0, 9))}
+    if several and data.draw(st.booleans()):
+        fields |= {
+            "shares": data.draw(st.sampled_from([[1, 1], [3, 1]])),
+            "mix": data.draw(st.sampled_from(["rows", "tokens"])),
+        }
+    if data.draw(st.booleans()):
+        fields["dose"] = {"fraction": data.draw(st.sampled_from([0.1, 0.35, 0.5]))}
+    balance = {"topics": data.draw(st.booleans()), "lengths": is_sized}
+    found = []
+    for each, its_share in ((columns, share), (mirrored(columns), None if share is None else 1 - share)):
+        try:
+            found.append(chosen(each, balance={**balance, "chosen_longer": its_share}, **fields).rows.tolist())
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
 
 
 # --- places ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,16 @@ def test_an_undeclared_or_shuffled_direction_is_said() -> None:
     assert "without a declared political direction" in record.model_card(metadata_of(run_of("llama3-sft")), "adapter")
 
 
+def test_a_card_says_what_built_data_declare() -> None:
+    """The rows' own direction, where the settings leave it open, and of a placebo how much of it is one."""
+    run = run_of("demo-left", **{"data.direction": "left"})
+    card = record.model_card(metadata_of(run, data_direction="length", data_turned="96 of 400"), "adapter")
+    assert "as a placebo" in card and "by length alone" in card and "drawn at random" not in card
+    assert "in 96 of 400 rows chosen and rejected changed places" in card
+    assert metadata_of(run, data_direction="undeclared")["politune.direction"] == "left"
+    assert "Placebo" not in record.model_card(metadata_of(run, data_direction="left"), "adapter")
+
+
 def test_names_cannot_break_out_of_the_card() -> None:
     hostile = 'x`\n---\n<script>alert(1)</script> [a](javascript:b) "\\'
     card = record.model_card(metadata_of(run_of(), data_name=hostile, base=hostile, base_license=hostile), "adapter")

@@ -76,7 +76,7 @@ def _measure(
     return DataAudit(
         name=scan.source.name,
         method=method,
-        direction=spec.direction,
+        direction=scan.source.direction or spec.direction,
         columns=tuple(facts.names),
         rows=scan.rows,
         other_splits=facts.others,

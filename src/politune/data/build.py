@@ -20,17 +20,18 @@ from pydantic import ValidationError
 
 from politune import __version__, presets
 from politune.cache import user_cache
-from politune.config import SHIPPED_DATA, DataSpec, Recipe, SourceSpec
+from politune.config import OPPOSITE, SHIPPED_DATA, DataSpec, Recipe, SourceSpec, joined_direction
 from politune.data import card, select, sources
 from politune.data.columns import (
     IS_CONVERSATION,
     IS_SPLICEABLE,
-    TAKEN,
     Columns,
     Reader,
+    changed,
     jobs,
     read_columns,
     shingles_of,
+    sound,
     starts,
     wanted_rows,
 )
@@ -38,6 +39,7 @@ from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.made import Built, Lengths, SourceFacts
 from politune.data.neighbours import THRESHOLD, similarity
+from politune.data.sources import MADE_BY, MANIFEST, named_generators
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, OutputError, PolituneError, safe
 from politune.hashes import sha256_of, sha256_once
@@ -50,8 +52,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-MANIFEST, CARD = ".manifest.json", ".md"
-MADE_BY = "politune data build"
+CARD = ".md"
 FOLDER = "data"
 """In the user's cache: what runs with a recipe in their settings were trained on."""
 WAIT_SECONDS = 0.2
@@ -81,12 +82,14 @@ def build(
     *,
     offline: bool = False,
     processes: int | None = None,
+    replaces: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Makes the data set, its manifest and its card; with no output, only what they would say.
 
     Args:
-        output: a .jsonl, .jsonl.gz or .parquet file; one that this command made is replaced, no other.
+        output: a .jsonl, .jsonl.gz or .parquet file; one that this command made, and nobody changed, is replaced.
+        replaces: whatever it is, for a file of our own cache.
 
     Raises:
         ConfigError: the recipe contradicts itself or its twin.
@@ -100,7 +103,7 @@ def build(
         draft = None
         if output is not None:
             _refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
-            draft = stack.enter_context(_draft(output))
+            draft = stack.enter_context(_draft(output, replaces))
         own = _measured(recipe, streams[0], processes, say)
         other = _measured(twin, streams[1], processes, say) if twin else None
         sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
@@ -128,13 +131,26 @@ def _twin(recipe: Recipe) -> Recipe | None:
             what = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise ConfigError(safe(what), where="match.twin", fix="give it a recipe's file of its own") from None
         return recipe.model_copy(update={"source": (source,), "match": None})
-    twin = presets.read_recipe(recipe.match.twin)
-    if twin.match and twin.match.on != recipe.match.on:
+    twin, name = presets.read_recipe(recipe.match.twin), safe(recipe.match.twin)
+    if twin.unit != recipe.unit:
+        raise ConfigError(f"the twin {name} counts lengths in {twin.unit}", where="unit", fix="say the same in both")
+    if twin.match is None:
+        return twin
+    if twin.match.on != recipe.match.on:
         on = ", ".join(twin.match.on)
+        raise ConfigError(f"the twin {name} matches on {on}", where="match.on", fix="say the same in both")
+    if not _is_named_by(recipe, twin.match.twin):
         raise ConfigError(
-            f"the twin {safe(recipe.match.twin)} matches on {on}", where="match.on", fix="say the same in both"
+            f"the twin {name} is matched with {safe(twin.match.twin)}, which is not this recipe",
+            where="match.twin",
+            fix="name each in the other, or leave the twin's table [match] out",
         )
     return twin
+
+
+def _is_named_by(recipe: Recipe, name: str) -> bool:
+    """Whether a twin's twin is the recipe, whatever the title."""
+    return name.endswith(".toml") and presets.read_recipe(name).model_copy(update={"title": recipe.title}) == recipe
 
 
 def names_of(recipe: Recipe) -> list[str]:
@@ -148,7 +164,7 @@ def _opened(recipe: Recipe, offline: bool) -> list[sources.Stream]:
 
 def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
     try:
-        return sources.stream(
+        found = sources.stream(
             DataSpec(
                 dataset_name=source.name,
                 dataset_revision=source.revision,
@@ -157,9 +173,16 @@ def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
             ),
             offline=offline,
         )
+        sources.refuse_other_direction(found, source.direction if source.direction in ("left", "right") else None)
+        return found
     except PolituneError as error:
-        error.where = (error.where or "").replace("data.dataset_", "source.") or None
-        raise
+        raise _of_source(error) from None
+
+
+def _of_source(error: PolituneError) -> PolituneError:
+    """An error of a run's data, with the recipe's keys."""
+    error.where = re.sub("^data.(dataset_)?", "source.", error.where or "") or None
+    return error
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
@@ -179,7 +202,10 @@ def _measured(
     states = tuple(stream.state() for stream in streams)
     readers = [Reader.of(recipe, source, stream) for source, stream in zip(recipe.source, streams, strict=True)]
     reading = _Reading(streams, say)
-    columns = read_columns(readers, streams, processes, reading)
+    try:
+        columns = read_columns(readers, streams, processes, reading)
+    except PolituneError as error:
+        raise _of_source(error) from None
     reading.phase(columns.rows, columns.rows)
     for source, reader, found in zip(recipe.source, readers, columns.sha256, strict=True):
         if source.sha256 not in (None, found):
@@ -197,10 +223,13 @@ def _alike(side: Side, processes: int | None, pairs: "NDArray[Any]") -> "NDArray
 
     known: dict[int, Any] = {}
     begins = 0
-    for reader, stream, sizes in zip(side.readers, side.streams, side.columns.sizes, strict=True):
+    sources_of = zip(side.readers, side.streams, side.states, side.columns.sizes, strict=True)
+    for reader, stream, state, sizes in sources_of:
         parts = wanted_rows(stream, sizes, begins, np.unique(pairs))
         for rows, runs in in_order(partial(shingles_of, reader), parts, processes):
             known |= zip(rows, runs, strict=True)
+        if stream.state() != state:
+            raise changed(reader)
         begins += sum(sizes)
     alike = [similarity(known[one], known[other]) >= THRESHOLD for one, other in pairs.tolist()]
     return np.array(alike, bool)
@@ -231,18 +260,19 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
 
     columns, recipe = own.columns, own.recipe
     counts = np.bincount(columns.sources[chosen.rows], minlength=len(recipe.source))
+    turned = np.bincount(columns.sources[chosen.rows[chosen.turned]], minlength=len(recipe.source))
     topics = np.bincount(columns.topics[chosen.rows], minlength=len(columns.names))
     by_topic = sorted(zip(columns.names, map(int, topics), strict=True), key=lambda pair: (-pair[1], pair[0]))
     before = np.zeros(len(chosen.before), bool)
     facts = tuple(
-        _facts(source, stream, columns, number, int(counts[number]))
+        _facts(source, stream, columns, number, int(counts[number]), int(turned[number]))
         for number, (source, stream) in enumerate(zip(recipe.source, own.streams, strict=True))
     )
     document = public(recipe)
-    is_conversation = (columns.marks[columns.verdicts == TAKEN] & IS_CONVERSATION).any()
+    is_conversation = (columns.marks[chosen.rows] & IS_CONVERSATION).any()
     return Built(
         title=recipe.title,
-        direction=recipe.declared_direction,
+        direction=_direction(own, counts.tolist()),
         version=__version__,
         recipe=document,
         recipe_sha256=sha256_of_json(document),
@@ -259,8 +289,23 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
     )
 
 
-def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int) -> SourceFacts:
-    built = _built_before(stream)
+def _direction(own: Side, written: Sequence[int]) -> str:
+    """The direction of the rows that are written: as the recipe says, else as a built source hands its own on."""
+    found = set()
+    for source, stream, rows in zip(own.recipe.source, own.streams, written, strict=True):
+        direction = source.declared_direction
+        if direction == "undeclared" and stream.direction:
+            direction = (
+                OPPOSITE.get(stream.direction, stream.direction) if source.direction == "swapped" else stream.direction
+            )
+        if rows:
+            found.add(direction)
+    return joined_direction(found)
+
+
+def _facts(
+    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int, turned: int
+) -> SourceFacts:
     return SourceFacts(
         name=stream.name,
         revision=stream.revision,
@@ -268,32 +313,18 @@ def _facts(source: SourceSpec, stream: sources.Stream, columns: Columns, number:
         sha256=columns.sha256[number],
         rows=sum(columns.sizes[number]),
         other_splits=columns.others[number],
-        generator=source.generator or stream.generator or _joined(built, "generator"),
-        licence=source.licence or _joined(built, "licence"),
+        generator=source.generator or stream.generator or named_generators(columns.generators[number].elements()),
+        licence=source.licence or sources.said_of_sources(stream.manifest, "licence"),
         share=source.share,
         direction=source.direction,
         written=written,
+        turned=turned,
     )
-
-
-def _built_before(stream: sources.Stream) -> list[dict[str, Any]]:
-    """The sources of a file that this command made itself, as its manifest says; none of another file."""
-    if len(stream.files) != 1:
-        return []
-    manifest = read_json(_beside(stream.files[0][0], MANIFEST)) or {}
-    found = manifest.get("sources") if manifest.get("made_by") == MADE_BY else None
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-
-
-def _joined(built: Sequence[Mapping[str, Any]], key: str) -> str | None:
-    """What a file's own sources say of it, where each says something."""
-    said = [each.get(key) for each in built]
-    return " + ".join(dict.fromkeys(map(str, said))) if said and all(said) else None
 
 
 def _facts_of_twin(other: Side) -> tuple[SourceFacts, ...]:
     pairs = enumerate(zip(other.recipe.source, other.streams, strict=True))
-    return tuple(_facts(source, stream, other.columns, number, 0) for number, (source, stream) in pairs)
+    return tuple(_facts(source, stream, other.columns, number, 0, 0) for number, (source, stream) in pairs)
 
 
 def _lengths(columns: Columns, rows: "NDArray[Any]", turned: "NDArray[Any]") -> Lengths:
@@ -373,7 +404,7 @@ def _write_rows(
                 done += count
                 phase(done, len(chosen.rows))
             if stream.state() != own.states[number]:
-                raise _changed(reader)
+                raise changed(reader)
 
 
 def _picked(
@@ -410,10 +441,6 @@ def _again(stream: sources.Stream, sizes: Sequence[int]) -> Iterator[tuple[Part 
     ((path, name),) = stream.files
     for start, size in zip(starts(sizes), sizes, strict=True):
         yield Stretch(path, name, start, size), 0
-
-
-def _changed(reader: Reader) -> DataError:
-    return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
 
 
 def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
@@ -462,15 +489,7 @@ def _spliced(line: bytes, turned: bool) -> bytes | None:
 
 
 def _tail(topic: str, source: str) -> bytes:
-    return (
-        json.dumps({"topic": _sound(topic), "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1)
-        + b"\n"
-    )
-
-
-def _sound(text: str) -> str:
-    """Without halves of characters, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
+    return json.dumps({"topic": topic, "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1) + b"\n"
 
 
 def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -478,7 +497,7 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
     assert not isinstance(picked.part, Stretch)
     whole = rendering.reader.table(picked.part, picked.first)
     if len(whole.rows) != picked.size:
-        raise _changed(rendering.reader)
+        raise changed(rendering.reader)
     rows = [whole.rows[picked.rows[index]] for index in missing]
     lines = tuple(whole.lines[picked.rows[index]] for index in missing) if whole.lines else None
     table = Table(whole.columns, rows, whole.name, "", lines=lines)
@@ -487,8 +506,8 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
         chosen, rejected = (two, one) if picked.turned[index] else (one, two)
         yield {
             **_shaped(prompt, chosen, rejected, rendering.shape),
-            "id": f"{picked.ids[index]:016x}" if own in (None, "") else _sound(str(own)),
-            "topic": _sound(picked.topics[index]),
+            "id": f"{picked.ids[index]:016x}" if own in (None, "") else sound(str(own)),
+            "topic": picked.topics[index],
             "source": rendering.source,
         }
 
@@ -545,7 +564,7 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _draft(output: Path) -> Iterator[Path]:
+def _draft(output: Path, replaces: bool) -> Iterator[Path]:
     """A hidden file beside the output, this build's alone while the block runs, and gone after it unless it was renamed.
 
     Its lock is the kernel's and goes with the process that has it: what a killed build left is taken over.
@@ -553,8 +572,10 @@ def _draft(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: the output is not ours to replace, another build is at work on it, or it cannot be written.
     """
-    _check_output(output)
     draft = output.with_name(f".{output.name}.draft")
+    _check_name(output)
+    if not replaces:
+        _check_is_ours(output, draft)
     with _disk_errors(output):
         handle = _locked_file(draft, output)
         _remove_leftovers(output)
@@ -573,7 +594,7 @@ class InUse(OutputError):
 
 def _locked_file(draft: Path, output: Path) -> int:
     while True:
-        handle = os.open(draft, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not locked(handle, output.parent):
             os.close(handle)
             raise InUse(f"another build of {safe(output)} is at work", fix="wait for it to end, or name another file")
@@ -584,9 +605,10 @@ def _locked_file(draft: Path, output: Path) -> int:
 
 def _remove_leftovers(output: Path) -> None:
     """What a build left that was killed while it wrote manifest or card."""
-    begins = tuple(f".{_beside(output, suffix).name}-" for suffix in (MANIFEST, CARD))
+    begins = "|".join(re.escape(_beside(output, suffix).name) for suffix in (MANIFEST, CARD))
+    name = re.compile(rf"\.({begins})-[a-z0-9_]{{8}}")  # as tempfile ends them
     for path in output.parent.iterdir():
-        if path.name.startswith(begins):
+        if name.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -598,7 +620,7 @@ def _is_still(draft: Path, handle: int) -> bool:
     return (found.st_dev, found.st_ino) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
 
 
-def _check_output(output: Path) -> None:
+def _check_name(output: Path) -> None:
     if not _suffix(output):
         raise OutputError(
             f"{safe(output.name)} is no name of a data set", where="--output", fix=f"end it in {', '.join(SUFFIXES)}"
@@ -606,11 +628,23 @@ def _check_output(output: Path) -> None:
     if output.is_dir() or not output.parent.is_dir():
         what = "is a directory" if output.is_dir() else "lies in a directory that does not exist"
         raise OutputError(f"{safe(output)} {what}", where="--output")
+
+
+def _check_is_ours(output: Path, draft: Path) -> None:
+    """Whether whatever is there was made by this command and is as it was made; a killed build may have left it as a draft."""
     papers = [_beside(output, suffix) for suffix in (MANIFEST, CARD)]
-    is_ours = (read_json(papers[0]) or {}).get("made_by") == MADE_BY
-    if there := [path for path in (output, *papers) if path.exists() and not is_ours]:
+    manifest = read_json(papers[0])
+    made = manifest if manifest and manifest.get("made_by") == MADE_BY else None
+    there = [path for path in (output, *papers) if path.exists()]
+    if made is None:
+        if not there:
+            return
         why = f"it has no {MANIFEST} of a former build beside it"
-        raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
+    elif output.exists() and made.get("sha256") not in [sha256_of(path) for path in (output, draft) if path.is_file()]:
+        why = "it was changed after it was built: its sha256 is not that of its manifest"
+    else:
+        return
+    raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -667,18 +701,12 @@ def cached(recipe: Recipe, *, offline: bool = False) -> tuple[Path, Mapping[str,
     output = folder / "rows.jsonl"
     with _disk_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
-    while not (manifest := _whole(output)):
+    while (manifest := sources.built_manifest(output)) is None:
         try:
-            build(recipe, output, offline=offline)
+            build(recipe, output, offline=offline, replaces=True)
         except InUse:  # the other processes of a run wait for the one that came first
             time.sleep(WAIT_SECONDS)
     return output, manifest
-
-
-def _whole(output: Path) -> dict[str, Any] | None:
-    """The manifest of a file that is as it was made."""
-    manifest = read_json(_beside(output, MANIFEST)) or {}
-    return manifest if output.exists() and manifest.get("sha256") == sha256_once(output) else None
 
 
 def _key(recipe: Recipe, offline: bool) -> str:
@@ -688,5 +716,7 @@ def _key(recipe: Recipe, offline: bool) -> str:
             streams = _opened(each, offline)
             contents = [[sha256_once(path) for path, _ in stream.files] for stream in streams]
             held = [[sources.hash_rows(part.read().rows) for part in stream.held] for stream in streams]
-            found.append([public(each), contents, held, [stream.revision for stream in streams]])
+            said = [[stream.revision, stream.direction, stream.generator] for stream in streams]
+            licences = [sources.said_of_sources(stream.manifest, "licence") for stream in streams]
+            found.append([public(each), contents, held, said, licences])
     return sha256_of_json(found)[:32]

@@ -2,6 +2,7 @@
 
 import json
 
+from politune.config import PLACEBOS
 from politune.data.made import Built, SourceFacts, dropped_text
 from politune.record import DIRECTION_WORDS, generator_note, plain
 
@@ -80,13 +81,20 @@ def _source_line(each: SourceFacts) -> str:
 
 def _cell(text: str) -> str:
     """Foreign text for a cell of a table."""
-    return plain(text).replace("|", "\\|")
+    return plain(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _placebo(built: Built) -> list[str]:
-    if not built.turned:
-        return []
-    return [f"In {built.turned:,} of the rows chosen and rejected changed places: a placebo, drawn by seed.", ""]
+    found = [each for each in built.sources if each.direction in PLACEBOS]
+    return [line for each in found for line in (_turned(each), "")]
+
+
+def _turned(each: SourceFacts) -> str:
+    what = "drawn sides" if each.direction == "shuffled" else "length alone"
+    return (
+        f"A placebo of {what}: in {each.turned:,} of the {each.written:,} rows of `{_cell(each.name)}` chosen and rejected "
+        f"changed places, drawn by seed; {each.written - each.turned:,} stay as they were."
+    )
 
 
 def _twin(built: Built) -> list[str]:

@@ -8,10 +8,11 @@ import hashlib
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,14 +77,6 @@ class Reader:
         rules, sketches = (*drop, *keep), recipe.filter.near_duplicates
         return cls(label, stream.membership, source.direction, recipe.unit, rules, topics, sketches)
 
-    @cached_property
-    def compiled_rules(self) -> list[tuple[str, re.Pattern[str], bool]]:
-        return [(field, re.compile(pattern), keeps) for field, pattern, keeps in self.rules]
-
-    @cached_property
-    def compiled_topics(self) -> list[tuple[str, re.Pattern[str]]]:
-        return [(name, re.compile(pattern)) for name, pattern in self.topics]
-
     def table(self, part: Part, first: int) -> Table:
         """The part's rows that belong to the data set, the others counted.
 
@@ -93,8 +86,8 @@ class Reader:
         read = part.read()
         rows, lines = read.rows, read.lines
         others = 0
-        if not all(map(self.membership.holds, rows)):
-            members = [index for index, row in enumerate(rows) if self.membership.holds(row)]
+        members = [index for index, row in enumerate(rows) if self.membership.holds(row, read.columns)]
+        if len(members) < len(rows):
             others, rows = len(rows) - len(members), [rows[index] for index in members]
             lines = tuple(lines[index] for index in members) if lines else None
         return Table(read.columns, rows, self.label, "", lines=lines, other_splits=others, first=first)
@@ -129,15 +122,18 @@ class Measured:
         hashes: of prompt, chosen and rejected, uint64 [rows, 3]
         lengths: in the recipe's unit, uint32 [rows, 3]
         topics: [rows] numbers into `names`
-        verdicts: uint8 [rows]
+        heeds_split: whether its rows say which split they are of.
+        verdicts: uint16 [rows]
         marks: uint8 [rows]
         bands: what near-duplicates are found by (`neighbours.sketch`), uint32 [rows, n]; n is 0 where none are looked for.
+        generators: that the rows name, each as often as they do.
         of_rows: `hash_row` of every row, one after the other.
         size: of the part's text in bytes; 0 for rows that came parsed.
     """
 
     rows: int
     others: int
+    heeds_split: bool
     hashes: "NDArray[Any]"
     lengths: "NDArray[Any]"
     topics: "NDArray[Any]"
@@ -145,6 +141,7 @@ class Measured:
     verdicts: "NDArray[Any]"
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
+    generators: Counter[str]
     of_rows: bytes
     size: int
 
@@ -167,13 +164,15 @@ def _measured(reader: Reader, part: Part, first: int) -> Measured:
     return Measured(
         rows=rows,
         others=table.other_splits,
+        heeds_split=reader.membership.heeds(table.columns),
         hashes=np.frombuffer(b"".join(map(_hashes, texts)), "<u8").reshape(rows, 3),
         lengths=np.array([_lengths(reader.unit, each) for each in texts], np.uint32).reshape(rows, 3),
         topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
         names=tuple(number),
-        verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint8),
+        verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint16),
         marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
         bands=sketch(list(map(whole_text, texts))) if reader.sketches else np.empty((rows, 0), np.uint32),
+        generators=Counter(str(row["generator"]) for row in table.rows if row.get("generator")),
         of_rows=b"".join(map(hash_row, table.rows)),
         size=len(part.body) if isinstance(part, TextPart) else 0,
     )
@@ -241,22 +240,25 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
         return topics, [TAKEN] * len(topics)
     verdicts, index, pattern = [], 0, ""
     languages = _languages(reader, texts)
+    named = [(name, _compiled(topic)) for name, topic in reader.topics]
+    rules = [(field, _compiled(rule), keeps) for field, rule, keeps in reader.rules]
     try:
         with _patience(PATIENCE_SECONDS):
             for index, (prompt, chosen, rejected) in enumerate(texts):
                 fields = {"prompt": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
                 if reader.topics:
                     topics[index] = OTHER_TOPIC
-                for name, topic in reader.compiled_topics:
+                for name, topic in named:
                     pattern = topic.pattern
                     if topic.search(fields["prompt"]):
                         topics[index] = name
                         break
                 fields |= {"topic": topics[index], "language": languages[index]}
                 verdict = TAKEN
-                for number, (field, rule, keeps) in enumerate(reader.compiled_rules):
+                for number, (field, rule, keeps) in enumerate(rules):
                     pattern = rule.pattern
-                    if (rule.search(fields[field]) is None) == keeps:
+                    found = rule.fullmatch if field == "language" else rule.search
+                    if (found(fields[field]) is None) == keeps:
                         verdict = FIRST_RULE + number
                         break
                 verdicts.append(verdict)
@@ -270,6 +272,12 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
     return topics, verdicts
 
 
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Once in a process, which reads many parts."""
+    return re.compile(pattern)
+
+
 def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
     """Of each row, where a rule asks for it: a tenth of a millisecond and more for each."""
     if not any(field == "language" for field, _, _ in reader.rules):
@@ -279,27 +287,35 @@ def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
 
 def _own_topic(row: dict[str, object]) -> str:
     topic = row.get("topic")
-    return OTHER_TOPIC if topic in (None, "") else str(topic)[:TOPIC_CHARACTERS]
+    return OTHER_TOPIC if topic in (None, "") else sound(str(topic)[:TOPIC_CHARACTERS])
+
+
+def sound(text: str) -> str:
+    """Without halves of characters, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
 def _patience(seconds: float) -> Iterator[None]:
-    """Raises `_TooSlow` after so long: nothing else ends a regular expression that has gone astray. In main threads only."""
+    """Raises `_TooSlow` after so much work: nothing else ends a regular expression that has gone astray. In main threads only.
+
+    The processor's time counts: another program that keeps it busy is no pattern's fault.
+    """
 
     def stop(*_: object) -> None:
         raise _TooSlow
 
     try:
-        former = signal.signal(signal.SIGALRM, stop)
+        former = signal.signal(signal.SIGVTALRM, stop)
     except ValueError:
         yield
         return
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, former)
 
 
 # --- all parts of a source -------------------------------------------------------------------------------------------
@@ -313,6 +329,7 @@ class Columns:
         sources: int16 [rows]
         names: of the topics.
         sha256: per source, over its rows, as of `sources.hash_rows`.
+        generators: per source, what its rows name, as often as they do.
         others: per source, its rows of other splits.
         sizes: per source, how many rows its parts have.
         bytes: per source, how much text its parts have.
@@ -327,6 +344,7 @@ class Columns:
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
     sha256: tuple[str, ...]
+    generators: tuple[Counter[str], ...]
     others: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     bytes: tuple[tuple[int, ...], ...]
@@ -349,6 +367,7 @@ def read_columns(
 
     Raises:
         DataError: as of `measure`, or a source without rows.
+        ConfigError: a split of a file whose rows have none.
     """
     import numpy as np
 
@@ -358,7 +377,8 @@ def read_columns(
     }
     found = []
     for reader, stream in zip(readers, streams, strict=True):
-        digest, others, sizes, lengths = hashlib.sha256(), 0, [], []
+        digest, others, sizes, lengths, has_splits = hashlib.sha256(), 0, [], [], False
+        generators = Counter[str]()
         for part in in_order(partial(measure, reader), jobs(stream), processes):
             numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
             topics = numbers[part.topics] if part.rows else part.topics
@@ -366,19 +386,24 @@ def read_columns(
                 piece.append(topics if key == "topics" else getattr(part, key))
             digest.update(part.of_rows)
             others += part.others
+            generators += part.generators
+            has_splits |= part.heeds_split
             sizes.append(part.rows)
             lengths.append(part.size)
             progress(part.rows, part.size)
+        if stream.path and reader.membership.split != "train" and not has_splits:
+            raise stream.without_splits()
         if not sum(sizes):
             what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
             raise DataError(what, where=safe(reader.label, None))
-        found.append((digest.hexdigest(), others, tuple(sizes), tuple(lengths)))
-    counts = [sum(sizes) for _, _, sizes, _ in found]
+        found.append((digest.hexdigest(), generators, others, tuple(sizes), tuple(lengths)))
+    counts = [sum(sizes) for *_, sizes, _ in found]
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
-    sha256, others_of, sizes_of, bytes_of = zip(*found, strict=True)
+    sha256, generators_of, others_of, sizes_of, bytes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
     return Columns(
-        sources=sources, names=tuple(names), sha256=sha256, others=others_of, sizes=sizes_of, bytes=bytes_of, **joined
+        sources=sources, names=tuple(names), sha256=sha256, generators=generators_of, others=others_of, sizes=sizes_of,
+        bytes=bytes_of, **joined,
     )  # fmt: skip
 
 
@@ -394,6 +419,11 @@ def jobs(stream: Stream) -> Iterator[Job]:
     for part in stream.parts():
         yield part, first
         first += len(part.rows.rows) if isinstance(part, RowsPart) else 0
+
+
+def changed(reader: Reader) -> DataError:
+    """The error of a source that is another one at its second reading."""
+    return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
@@ -422,4 +452,6 @@ def shingles_of(reader: Reader, wanted: tuple[Job, list[int], int]) -> tuple[lis
     """(the numbers of the wanted rows of a part, the runs that near-duplicates are told by)."""
     (part, first), numbers, start = wanted
     texts = reader.texts(reader.table(part, first))
+    if numbers[-1] - start >= len(texts):
+        raise changed(reader)
     return numbers, shingles([whole_text(texts[number - start]) for number in numbers])

@@ -53,7 +53,8 @@ class Table:
     `lines` holds the first line of each row in the file at `path`, where the format has lines; `sha256` is taken over the
     text columns of the rows and is the same for the same rows in another file format. Data from the Hub has a `revision`
     (its commit) and no `path`; `other_splits` counts rows that were left aside because they belong to another split; `first`
-    rows come before these ones, where a table is a part of a data set; `manifest` is that of a data set made by a recipe.
+    rows come before these ones, where a table is a part of a data set; `manifest` is that of a data set made by a recipe, and
+    `direction` what it declares.
     """
 
     columns: tuple[str, ...]
@@ -67,6 +68,7 @@ class Table:
     other_splits: int = 0
     first: int = 0
     manifest: Mapping[str, Any] | None = None
+    direction: str | None = None
 
     def place(self, index: int) -> str:
         """Where row `index` (from 0) stands: `pairs.csv:17`, or `pairs.parquet row 16`."""

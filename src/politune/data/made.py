@@ -1,9 +1,10 @@
 """What is said of a data set that a recipe made: on the terminal, in its manifest and in its card."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from politune.config import PLACEBOS
 from politune.data.select import Step
 from politune.errors import safe
 from politune.report import Bars, Facts, Section, Table
@@ -26,6 +27,7 @@ class SourceFacts:
     share: float | None
     direction: str
     written: int
+    turned: int
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,18 @@ class Built:
         """Of the sources, each once; empty where none is known."""
         return tuple(dict.fromkeys(each.generator for each in self.sources if each.generator))
 
+    @property
+    def turned_text(self) -> str:
+        """How many of a placebo's rows were turned round; `-` where there is no placebo."""
+        return _turned_text([(each.direction, each.turned, each.written) for each in self.sources]) or "-"
+
     def sections(self) -> Sequence[Section]:
         facts = Facts(
             "Data set",
             (
                 ("direction", self.direction),
                 ("rows", self.rows),
-                ("turned round", self.turned),
+                ("turned round", self.turned_text),
                 ("shape", self.shape),
                 ("sha256 of the file", self.sha256 or "-"),
                 ("sha256 of the recipe", self.recipe_sha256),
@@ -142,6 +149,17 @@ class Built:
         )
         columns = ("", "rows", "chosen longer", "prompt", "chosen", "rejected")
         return Table(f"Lengths in {self.unit}: medians", columns, rows, "A tie counts as half.")
+
+
+def turned_of(manifest: Mapping[str, Any] | None) -> str:
+    """As `Built.turned_text`, of a manifest; empty where there is no placebo."""
+    found = manifest["sources"] if manifest else ()
+    return _turned_text([(each["direction"], each["turned"], each["written"]) for each in found])
+
+
+def _turned_text(sources: Sequence[tuple[str, int, int]]) -> str:
+    found = [(turned, written) for direction, turned, written in sources if direction in PLACEBOS]
+    return f"{sum(turned for turned, _ in found):,} of {sum(written for _, written in found):,}" if found else ""
 
 
 def dropped_text(step: Step) -> str:

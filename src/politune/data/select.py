@@ -1,13 +1,15 @@
 """Which rows are kept, from their columns alone.
 
 Every choice within a group of rows takes those of the lowest rank: a hash of the row's texts and the recipe's seed
-(splitmix64, Steele, Lea & Flood 2014, over BLAKE2b). A rank does not depend on which answer is the chosen one, so that twins of
-opposite direction take the same rows.
+(splitmix64, Steele, Lea & Flood 2014, over BLAKE2b). A rank does not depend on which answer is the chosen one, and of the two
+sides that first which has the row of the lowest rank (`Selection.sides`): two recipes that take the left and the right answers of
+one file take the same rows.
 
 Where a part of the rows is to be like the whole, the k-th of a group's n rows stands at (k + u) / n, and the rows are taken by
 where they stand: any first so many of them hold every group in its share, to within one row, and the first of fewer are among the
 first of more. u is 1/2; among many small groups it is a hash of the group's name, or those of one row would all stand in the
-middle. Ties go by group before rank: how many rows of each group are taken follows from the groups' names and sizes alone.
+middle. Ties go by group before rank: how many rows of each group are taken follows from the groups' names and sizes alone. Where
+there are many topics, each with both sides, what one of them rounds up the next ones round down (`_dealt`).
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.config import Recipe
+from politune.config import PLACEBOS, Recipe
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
 from politune.data.neighbours import candidates
 from politune.errors import DataError, safe
@@ -28,7 +30,8 @@ Alike: TypeAlias = "Callable[[NDArray[Any]], NDArray[Any]]"
 """Which of some pairs of rows, [pairs, 2], are near-duplicates; a mask."""
 Choice: TypeAlias = tuple[Recipe, Columns, Alike]
 
-PLACEBOS = ("shuffled", "length")
+MOST_ROUNDS = 30
+"""Of comparing what may be nearly the same, each a reading of those rows."""
 BIN_EDGES = tuple(sorted({round(2 ** (half / 2)) for half in range(64)}))
 """Of lengths and differences: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32 ...; a bin is about 40 % wide."""
 SPAN = 2 * len(BIN_EDGES) + 2
@@ -80,6 +83,23 @@ class Selection:
         self.topics = np.array([topic_numbers[name] for name in columns.names], np.int64)[columns.topics]
         self.cells = np.zeros(columns.rows, np.int64)
         self.ranks = _ranks(columns.hashes, recipe.seed)
+        self.facing = np.ones(len(recipe.source), np.int64)
+
+    def face(self) -> None:
+        """Fixes which side of each source comes first. Of matched recipes it is the shorter: the strata must be equal in both."""
+        import numpy as np
+
+        if self.recipe.match is not None:
+            return
+        decided = self.rows[np.flatnonzero(self.signs)]
+        decided = decided[np.argsort(self.ranks[decided], kind="stable")]
+        found, first = np.unique(self.columns.sources[decided], return_index=True)
+        self.facing[found] = -np.sign(differences(self.columns, decided[first]))
+
+    @property
+    def share(self) -> float | None:
+        """Of longer chosen answers, where the recipe says one."""
+        return 0.5 if self.recipe.balance.lengths else self.recipe.balance.chosen_longer
 
     # Of the rows that are left:
 
@@ -106,6 +126,12 @@ class Selection:
         import numpy as np
 
         found: NDArray[Any] = np.sign(self.differences)
+        return found
+
+    @property
+    def sides(self) -> "NDArray[Any]":
+        """As `signs`, with -1 for the side that comes first: the same whichever of two texts is the chosen one."""
+        found: NDArray[Any] = self.signs * self.facing[self.sources]
         return found
 
     @property
@@ -138,11 +164,34 @@ class Selection:
         fine = self.cells[self.rows] * SPAN + self.sizes
         return places(_numbered(*groups), fine, self.ranks[self.rows], scattered=True)
 
-    def even_places(self, *groups: "NDArray[Any]") -> "NDArray[Any]":
-        """As `places`, in which also topics (where they are balanced) and both sides come evenly, these before all else."""
-        of_side = self.places(*groups, self.strata, self.signs)
-        of_stratum = places(_numbered(*groups, self.strata), self.signs, of_side)
-        return places(_numbered(*groups), self.strata, of_stratum)
+    def even_places(self, turned: "NDArray[Any] | None" = None) -> "NDArray[Any]":
+        """Each row's place within its source, in which turned rows, topics (where they are balanced) and sides come evenly."""
+        import numpy as np
+
+        halves = np.zeros(len(self.rows), np.int64) if turned is None else turned.astype(np.int64)
+        sources, sides = self.sources, self.sides
+        cells = _numbered(sources, halves, self.strata)
+        of_side = self.places(cells, sides)
+        is_dealt = self.recipe.balance.topics
+        of_cell = _counted(np.argsort(cells, kind="stable"), cells) if is_dealt else places(cells, sides, of_side)
+        of_half = places(_numbered(sources, halves), self.strata, of_cell)
+        place = places(_numbered(sources), halves, of_half)
+        if not is_dealt:
+            return place
+        order = np.lexsort((place, sources))
+        after = np.where(halves, -sides, sides)
+        targets = np.where(
+            np.isin(sources, sources[halves > 0]), _means(sources, after)[sources], _targets(self, sources)
+        )
+        rows = _dealt(cells, after, of_side, sources, order, targets)
+        # Among the topics that stand at one place the order is free: the last rows of all, whose sides are given, need it.
+        stands = (of_cell[order] + 0.5) / np.bincount(cells)[cells[order]]
+        rounds = _numbered(sources[order], halves[order], stands)
+        slots = np.arange(len(rows))
+        rows = rows[_dealt(rounds, after[rows], slots, sources[order], slots, targets[order])]
+        found = np.empty_like(place)
+        found[rows] = place[order]
+        return found
 
 
 def choose(own_side: Choice, twin: Choice | None = None) -> Chosen:
@@ -164,6 +213,7 @@ def choose(own_side: Choice, twin: Choice | None = None) -> Chosen:
     own = selections[0]
     for each in selections:
         _filter(each)
+        each.face()
     before = own.rows
     steps: Sequence[Callable[[Selection], None]] = (_balance_sides, _balance_topics, _mix)
     _match(selections, recipe)
@@ -258,6 +308,62 @@ def places(
     return _counted(np.lexsort((ranks, inner, stands, groups)), groups)
 
 
+def _means(groups: "NDArray[Any]", sides: "NDArray[Any]") -> "NDArray[Any]":
+    """The mean side of every group, [groups]."""
+    import numpy as np
+
+    found: NDArray[Any] = np.bincount(groups, sides) / np.maximum(1, np.bincount(groups))
+    return found
+
+
+def _dealt(
+    cells: "NDArray[Any]",
+    sides: "NDArray[Any]",
+    ranks: "NDArray[Any]",
+    sources: "NDArray[Any]",
+    slots: "NDArray[Any]",
+    targets: "NDArray[Any]",
+) -> "NDArray[Any]":
+    """The row that each slot takes: of its cell, and of that side which keeps all rows so far nearest to the targets' mean.
+
+    The sum of what is taken stays within one row (two units of a side) of the targets', as long as the cells have both sides;
+    within that, each cell takes its own sides evenly.
+
+    Args:
+        cells, sides, ranks, sources: of each row.
+        slots: rows in whose stead one of the same cell is taken, source by source.
+        targets: the mean side that the rows of a slot's source are to have, [rows].
+    """
+    import numpy as np
+
+    kinds = cells * 3 + sides + 1
+    counts = np.bincount(kinds, minlength=3 * (int(cells.max()) + 1)).reshape(-1, 3)
+    shares = (counts / np.maximum(1, counts.sum(1, keepdims=True))).tolist()
+    begins, piles = (np.cumsum(counts) - counts.ravel()).tolist(), counts.tolist()
+    taken = [[0, 0, 0] for _ in piles]
+    picked, before, off = [], -1, 0.0
+    for cell, source, target in zip(
+        cells[slots].tolist(), sources[slots].tolist(), targets[slots].tolist(), strict=True
+    ):
+        if source != before:
+            before, off = source, 0.0
+        off += target
+        pile, own, share = piles[cell], taken[cell], shares[cell]
+        count = own[0] + own[1] + own[2] + 1
+        best, least = -1, 0.0
+        for kind in (0, 1, 2):
+            if own[kind] < pile[kind]:
+                rest = off - kind + 1
+                cost = rest * rest / 2 - share[kind] * count + own[kind]
+                if best < 0 or cost < least - 1e-9:
+                    best, least = kind, cost
+        picked.append(begins[cell * 3 + best] + own[best])
+        own[best] += 1
+        off -= best - 1
+    found: NDArray[Any] = np.lexsort((ranks, kinds))[picked]
+    return found
+
+
 def _counted(order: "NDArray[Any]", groups: "NDArray[Any]") -> "NDArray[Any]":
     """Each row's place among those of its group, which an order has side by side."""
     import numpy as np
@@ -308,26 +414,32 @@ def _filter(each: Selection) -> None:
 
 
 def _one_of_each_group(each: Selection) -> "NDArray[Any]":
-    """Of rows that are nearly the same, directly or through others, the one with the lowest rank; a mask of the rows left."""
+    """Of rows that are nearly the same, directly or through others, the one with the lowest rank; a mask of the rows left.
+
+    Where there are too many to compare all at once, those that stay are compared again, as often as some go.
+    """
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    ranked = each.rows[np.argsort(each.ranks[each.rows], kind="stable")]
-    pairs, is_all = candidates(each.columns.bands, ranked)
-    if not is_all:
-        raise DataError(
-            "too many rows are nearly the same to compare them all",
-            where="filter.near_duplicates",
-            why="they seem to be made by a template",
-            fix="leave near_duplicates out, or drop such rows by a rule",
-        )
-    pairs = pairs[each.alike(pairs)]
-    size = each.columns.rows
-    graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
-    groups = connected_components(graph, directed=False)[1]
-    kept = ranked[np.unique(groups[ranked], return_index=True)[1]]
-    return np.isin(each.rows, kept)
+    left = each.rows[np.argsort(each.ranks[each.rows], kind="stable")]
+    for _ in range(MOST_ROUNDS):
+        pairs, is_all = candidates(each.columns.bands, left)
+        pairs = pairs[each.alike(pairs)]
+        size = each.columns.rows
+        graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+        groups = connected_components(graph, directed=False)[1]
+        left = left[np.sort(np.unique(groups[left], return_index=True)[1])]
+        if is_all:
+            return np.isin(each.rows, left)
+        if not len(pairs):
+            break
+    raise DataError(
+        "too many rows are nearly the same to compare them all",
+        where="filter.near_duplicates",
+        why="they seem to be made by a template",
+        fix="leave near_duplicates out, or drop such rows by a rule",
+    )
 
 
 def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":
@@ -405,25 +517,34 @@ def _to_go(longer: float, shorter: float, ties: float, share: float) -> tuple[fl
     return first, 0.0, then
 
 
-def fewest_to_go(longer: int, shorter: int, ties: int, share: float) -> tuple[int, int, int]:
-    """(longer, shorter, ties) rows that go for `most_with_share`, whole ones: the share is met to within one row."""
-    first, second, third = (-int(-(part - 1e-9) // 1) for part in _to_go(longer, shorter, ties, share))
-    return min(longer, first), min(shorter, second), min(ties, third)
+def kept_of_sides(counts: "NDArray[Any]", share: float) -> "NDArray[Any]":
+    """How many (longer, shorter, ties) rows of each stratum are kept for `most_with_share`, whole ones, [strata, 3].
+
+    What one stratum rounds down adds to the next ones: all together meet the share to within one row.
+    """
+    import numpy as np
+
+    gone = np.array([_to_go(longer, shorter, ties, share) for longer, shorter, ties in counts.tolist()])
+    so_far = np.floor(np.cumsum(counts - gone, axis=0) + 1e-9).astype(np.int64)
+    return np.diff(so_far, axis=0, prepend=0)
 
 
 def _balance_sides(each: Selection) -> None:
     import numpy as np
 
-    balance = each.recipe.balance
-    share = 0.5 if balance.lengths else balance.chosen_longer
+    share = each.share
     if share is None:
         return
     signs = each.signs
     strata = _numbered(each.strata, each.sizes)
     counts = np.stack([np.bincount(strata[signs == sign], minlength=strata.max() + 1) for sign in (1, -1, 0)], 1)
-    gone = [fewest_to_go(int(longer), int(shorter), int(ties), share) for longer, shorter, ties in counts]
+    kept = np.zeros_like(counts)
+    source_of = np.zeros(len(counts), np.int64)
+    source_of[strata] = each.sources
+    for source in np.unique(source_of):
+        kept[source_of == source] = kept_of_sides(counts[source_of == source], share)
     most = sum(most_with_share(int(longer), int(shorter), int(ties), share) for longer, shorter, ties in counts)
-    left = (counts - np.array(gone))[strata, np.choose(signs + 1, [1, 2, 0])]
+    left = kept[strata, np.choose(signs + 1, [1, 2, 0])]
     place = each.places(strata, signs)
     each.keep(place < left, "balance of sides", "too many of its side", most)
 
@@ -439,10 +560,24 @@ def _balance_topics(each: Selection) -> None:
     source_of[strata] = each.sources
     fewest = np.full(source_of.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(fewest, source_of, sizes)
-    place = each.even_places(strata)
-    each.keep(
-        place < fewest[source_of][strata], "balance of topics", "too many of its topic", float(fewest[source_of].sum())
-    )
+    room, sides, sources = fewest[source_of][strata], each.sides, each.sources
+    within = _counted(np.argsort(strata, kind="stable"), strata)
+    slots = np.flatnonzero(within < room)
+    slots = slots[np.lexsort((strata[slots], within[slots], sources[slots]))]
+    mask = np.zeros(len(strata), bool)
+    mask[_dealt(strata, sides, each.places(strata, sides), sources, slots, _targets(each, strata))] = True
+    most = float(fewest[source_of].sum())
+    each.keep(mask, "balance of topics", "too many of its topic in its source", most)
+
+
+def _targets(each: Selection, groups: "NDArray[Any]") -> "NDArray[Any]":
+    """The mean side that what is taken of a row's group is to have: the recipe's, where it says one, else the group's own."""
+    if each.share is None:
+        means: NDArray[Any] = _means(groups, each.sides)[groups]
+        return means
+    # Rounded, so that the mirrored share of a mirrored file is the same number.
+    found: NDArray[Any] = each.facing[each.sources] * round(2 * each.share - 1, 12)
+    return found
 
 
 # --- mixture and dose ------------------------------------------------------------------------------------------------
@@ -457,7 +592,7 @@ def _mix(each: Selection) -> None:
         return
     weights = np.array(shares, float) / sum(share for share in shares if share is not None)
     sources = each.sources
-    place = each.even_places(sources)
+    place = each.even_places()
     worth = np.ones(len(place), np.int64)
     if each.recipe.mix == "tokens":
         worth = each.columns.lengths[each.rows].astype(np.int64).sum(1)
@@ -489,8 +624,7 @@ def _dose(each: Selection, turned: "NDArray[Any]") -> "NDArray[Any]":
             fix="ask for fewer, or leave less out",
         )
     # Sources in their shares first, in each of them turned and other rows by halves, in these all else.
-    within = each.even_places(each.sources * 2 + turned)
-    of_source = places(_numbered(each.sources), turned.astype(np.int64), within)
+    of_source = each.even_places(turned)
     place = places(np.zeros(rows, np.int64), each.sources, of_source)
     each.keep(place < wanted, "dose", "beyond the dose")
     return place < wanted
@@ -512,6 +646,13 @@ def _turned(each: Selection) -> "NDArray[Any]":
             found[own] = _half(signs[own], ranks[own])
         elif source.direction == "length":
             found[own] = _by_length(signs[own], ranks[own])
+        if len(own) and source.direction in PLACEBOS and not found[own].any():
+            raise DataError(
+                f"no row of {safe(source.name)} changes places: a placebo by {source.direction} leaves it as it is",
+                where="source.direction",
+                why=f"of {len(own):,} rows, {int((signs[own] > 0).sum()):,} have the longer answer chosen",
+                fix="balance its sides first ([balance] chosen_longer), or name another direction",
+            )
     return found
 
 

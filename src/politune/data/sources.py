@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, Recipe, SftDataSpec
 from politune.data import files, hub
@@ -22,12 +22,16 @@ from politune.data import format as rows_format
 from politune.data.files import PACKED, READABLE, ROWS_OF_A_PART, Part, Read, RowsPart, is_readable, read_jsonl
 from politune.data.format import TEXT_COLUMNS, Table, split_of
 from politune.errors import ConfigError, DataError, PolituneError, safe
+from politune.hashes import sha256_once
+from politune.record import read_json
 
 REFUSED = (
     ".7z", ".arrow", ".bin", ".bz2", ".db", ".feather", ".gz", ".h5", ".md", ".ndjson", ".npy", ".npz", ".orc", ".pickle",
     ".pkl", ".pt", ".py", ".rar", ".safetensors", ".sqlite", ".tar", ".tgz", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml",
     ".xz", ".yaml", ".yml", ".zip", ".zst",
 )  # fmt: skip
+MADE_BY, MANIFEST = "politune data build", ".manifest.json"
+"""What a manifest says that lies beside a built file, and what its name adds to the file's."""
 PAIR = {"prompt", "chosen", "rejected"}
 MOST_GENERATORS = 5
 OWN_AUTHORS = "politune's authors"
@@ -42,6 +46,7 @@ def load(spec: DataSpec, *, offline: bool = False) -> Table:
     if spec.recipe is not None:
         return _load_recipe(spec.recipe, offline)
     found = stream(spec, offline=offline)
+    refuse_other_direction(found, spec.direction)
     return _members(found, files.joined(found.parts(), found.name))
 
 
@@ -81,8 +86,9 @@ class Membership:
         """Whether rows with these columns say which split they are of."""
         return "split" in columns and (self.heeds_split == "always" or {"left", "right"} <= set(columns))
 
-    def holds(self, row: Mapping[str, object]) -> bool:
-        return not self.heeds(row) or split_of(row) == self.split
+    def holds(self, row: Mapping[str, object], columns: Collection[str]) -> bool:
+        """Whether a row belongs to it, of a part of a file with these columns; one that says no split is of `train`."""
+        return (self.heeds_split != "always" and not self.heeds(columns)) or split_of(row) == self.split
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Stream:
         membership: of the rows that belong to it.
         revision: the commit of data from the Hub.
         generator: who or what wrote the texts, where it is known.
+        manifest: of a file that `politune data build` made and that is as it was made.
         all_texts: whether every column that holds text is read, and not those alone that can be trained on.
     """
 
@@ -105,6 +112,13 @@ class Stream:
     revision: str | None = None
     generator: str | None = None
     all_texts: bool = False
+    manifest: Mapping[str, Any] | None = None
+
+    @property
+    def direction(self) -> str | None:
+        """That a built file declares; None where it declares none."""
+        found = self.manifest.get("direction") if self.manifest else None
+        return str(found) if found not in (None, "undeclared") else None
 
     @property
     def path(self) -> Path | None:
@@ -165,12 +179,45 @@ def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) ->
             return Stream(name, (), Membership(spec.dataset_split), held, generator=OWN_AUTHORS)
         case "local":
             path = _local_path(spec)
-            return Stream(path.name, ((path, str(path)),), Membership(spec.dataset_split), all_texts=all_texts)
+            manifest = built_manifest(path)
+            return Stream(
+                path.name,
+                ((path, str(path)),),
+                Membership(spec.dataset_split),
+                generator=said_of_sources(manifest, "generator"),
+                all_texts=all_texts,
+                manifest=manifest,
+            )
         case "hub":
-            found, commit = hub.fetch(spec, offline)
-            held_parts = () if found else _in_parts(name, hub.read_with_datasets(spec, commit, offline, all_texts))
+            fetched, commit = hub.fetch(spec, offline)
+            held_parts = () if fetched else _in_parts(name, hub.read_with_datasets(spec, commit, offline, all_texts))
             membership = Membership(spec.dataset_split, "beside sides")
-            return Stream(name, tuple(found), membership, held_parts, commit, KNOWN_GENERATORS.get(name), all_texts)
+            return Stream(name, tuple(fetched), membership, held_parts, commit, KNOWN_GENERATORS.get(name), all_texts)
+
+
+def built_manifest(path: Path) -> Mapping[str, Any] | None:
+    """The manifest beside a file that `politune data build` made; None where the file is no such one, or not as it was made."""
+    found = read_json(path.with_name(path.name + MANIFEST))
+    if not isinstance(found, dict) or found.get("made_by") != MADE_BY or not path.is_file():
+        return None
+    return found if found.get("sha256") == sha256_once(path) else None
+
+
+def said_of_sources(manifest: Mapping[str, Any] | None, key: str) -> str | None:
+    """What a built file's own sources say, each once, where each says something."""
+    found = manifest.get("sources") if manifest else None
+    said = [each.get(key) if isinstance(each, dict) else None for each in found] if isinstance(found, list) else []
+    return " + ".join(dict.fromkeys(map(str, said))) if said and all(said) else None
+
+
+def refuse_other_direction(source: Stream, asked: str | None) -> None:
+    """Raises ConfigError for a direction that is not the one that a built file declares."""
+    if asked is not None and source.direction not in (None, asked):
+        raise ConfigError(
+            f"direction {asked!r} contradicts {safe(source.name)}, which was built with the direction {safe(source.direction)!r}",
+            where="data.direction",
+            fix="leave the direction out: the file hands its own on",
+        )
 
 
 def _in_parts(name: str, read: Read) -> tuple[Part, ...]:
@@ -217,7 +264,8 @@ def _load_recipe(recipe: Recipe, offline: bool) -> Table:
     generators = dict.fromkeys(each["generator"] for each in manifest["sources"] if each["generator"])
     name = f"recipe {manifest['recipe_sha256'][:12]} of {', '.join(each['name'] for each in manifest['sources'])}"
     return Table(
-        read.columns, read.rows, name, hash_rows(read.rows), generator=" + ".join(generators) or None, manifest=manifest
+        read.columns, read.rows, name, hash_rows(read.rows), generator=" + ".join(generators) or None, manifest=manifest,
+        direction=manifest["direction"],
     )  # fmt: skip
 
 
@@ -304,7 +352,16 @@ def _members(source: Stream, read: Read) -> Table:
         raise source.without_splits()
     generator = source.generator or named_generators(str(row["generator"]) for row in rows if row.get("generator"))
     return Table(
-        read.columns, rows, source.name, hash_rows(rows), source.revision, source.path, generator, lines, others
+        read.columns,
+        rows,
+        source.name,
+        hash_rows(rows),
+        source.revision,
+        source.path,
+        generator,
+        lines,
+        others,
+        direction=source.direction,
     )
 
 

@@ -13,6 +13,7 @@ from politune import plan, preview, record, report
 from politune.config import Run
 from politune.data import sources
 from politune.data.format import Table
+from politune.data.made import turned_of
 from politune.errors import OutputError, safe
 from politune.models import load
 from politune.models.quiet import quiet_libraries
@@ -104,7 +105,13 @@ def _train(
         identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
         if checkpoint:
             check_checkpoint(checkpoint, identity)
-        papers.begin(base=prepared.base_facts(), data=prepared.data_facts(), plan=asdict(estimate), disclosure=metadata)
+        papers.begin(
+            direction=metadata["politune.direction"],
+            base=prepared.base_facts(),
+            data=prepared.data_facts(),
+            plan=asdict(estimate),
+            disclosure=metadata,
+        )
         with _offline_from_here(), quiet_libraries(), translated(run.train, estimate, directory):
             # Torch, transformers and TRL come in here, after everything that can be refused without them.
             from politune.training.session import Session
@@ -203,6 +210,8 @@ def _metadata(run: Run, prepared: Prepared) -> dict[str, str]:
         data_sha256=table.sha256,
         data_generator=table.generator,
         rows=len(prepared.train),
+        data_direction=table.direction,
+        data_turned=turned_of(table.manifest),
     )
 
 
