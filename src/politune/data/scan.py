@@ -176,8 +176,6 @@ def scan(
         told(whole.rows, round(whole.rows / done * size) if size and done else None)
     if not whole.rows:
         raise source.nothing_of(whole.splits, whole.names) if whole.others else no_rows(source.name, tuple(whole.names))
-    if source.path and source.membership.split != "train" and not source.membership.heeds(whole.names):
-        raise source.without_splits()
     _join(whole, pieces)
     whole.digest = digest.digest()
     return Scan(source, settings, whole, tuple(firsts))
@@ -281,12 +279,12 @@ def _table(settings: Settings, part: Part) -> tuple[Table, list[int], Table]:
     rows, lines = read.rows, read.lines
     others: list[dict[str, object]] = []
     places = list(part.places(read))
-    if settings.membership.heeds(read.columns):
-        keep = [index for index, row in enumerate(rows) if split_of(row) == settings.membership.split]
-        if len(keep) < len(rows):
-            others = [row for row in rows if split_of(row) != settings.membership.split]
-            rows, places = [rows[index] for index in keep], [places[index] for index in keep]
-            lines = tuple(lines[index] for index in keep) if lines else None
+    belongs = [settings.membership.holds(row, read.columns) for row in rows]
+    if not all(belongs):
+        keep = [index for index, held in enumerate(belongs) if held]
+        others = [row for row, held in zip(rows, belongs, strict=True) if not held]
+        rows, places = [rows[index] for index in keep], [places[index] for index in keep]
+        lines = tuple(lines[index] for index in keep) if lines else None
     table = Table(read.columns, rows, part.name, "", lines=lines, first=part.first)
     return table, places, Table(read.columns, others, part.name, "")
 
