@@ -19,9 +19,9 @@ import numpy as np
 
 from politune.config import DataSpec
 from politune.data import sources
-from politune.data.features import FUNCTION_WORDS
 from politune.data.format import to_preference_rows
-from politune.data.shortcuts import Pair, estimate, examine
+from politune.inspection.features import FUNCTION_WORDS
+from politune.inspection.shortcuts import Pair, estimate, examine
 
 PAGE = Path(__file__).with_name("SHORTCUTS.md")
 ROWS, SHARE = 1000, 0.6

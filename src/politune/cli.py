@@ -365,9 +365,9 @@ def inspect_data(
     from politune.training.signals import caught
 
     with _stdout_reserved(), caught(shlex.join(["politune", *sys.argv[1:]])):
-        from politune import inspection
+        from politune.inspection import inspect
 
-        result = inspection.inspect(
+        result = inspect.inspect(
             resolved.run,
             data or (),
             against=against or (),

@@ -6,5 +6,5 @@ import trl
 
 for name in ("DPOTrainer", "SFTTrainer", "DPOConfig", "SFTConfig"):
     getattr(trl, name)  # TRL imports on demand
-for name in ("bitsandbytes", "peft", "wandb", "politune.inspection", "politune.doctor"):
+for name in ("bitsandbytes", "peft", "wandb", "politune.inspection.inspect", "politune.doctor"):
     importlib.import_module(name)

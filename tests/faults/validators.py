@@ -42,7 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "data/files.py": ("unit/test_sources.py",),
     "data/sources.py": ("unit/test_sources.py",),
     "data/hub.py": ("unit/test_hub.py",),
-    "data/scan.py": ("unit/test_scan.py",),
+    "inspection/scan.py": ("unit/test_scan.py",),
     "fetching.py": ("unit/test_fetching.py",),
     "locks.py": ("unit/test_study.py",),
     "study/spec.py": ("unit/test_study.py",),

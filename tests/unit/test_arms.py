@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from politune import inspection, presets, report
-from politune.data import arms
-from politune.data.arms import Arms, Compared
-from politune.data.chance import counts_p, shares_p
-from politune.data.scan import Facts, Scan
+from politune import presets, report
+from politune.chance import counts_p, shares_p
 from politune.errors import ConfigError
+from politune.inspection import arms, inspect
+from politune.inspection.arms import Arms, Compared
+from politune.inspection.scan import Facts, Scan
 from politune.lean import instruments
 
 TOPICS = {
@@ -44,14 +44,14 @@ def rows(side: str, seed: int, count: int = 600) -> list[Row]:
     return made
 
 
-def compared(tmp_path: Path, *arms: list[Row], **options: Any) -> inspection.InspectReport:
+def compared(tmp_path: Path, *arms: list[Row], **options: Any) -> inspect.InspectReport:
     paths = []
     for number, each in enumerate(arms):
         path = tmp_path / f"arm{number}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in each), encoding="utf-8")
         paths.append(str(path))
     run = presets.resolve("dpo", None, {"data.dataset_name": paths[0], "model.model_name_or_path": "./nowhere"}).run
-    return inspection.inspect(run, paths, offline=True, say=lambda line: None, **options)
+    return inspect.inspect(run, paths, offline=True, say=lambda line: None, **options)
 
 
 def arms_of(tmp_path: Path, *given: list[Row], **options: Any) -> Arms:
@@ -278,7 +278,5 @@ def test_the_sample_is_the_limit_of_what_is_looked_at(tmp_path: Path) -> None:
 
 def test_no_shipped_row_is_one_of_an_instruments() -> None:
     run = presets.resolve("dpo", "demo-left").run
-    found = inspection.inspect(
-        run, ["stances"], against=instruments.shipped_names(), offline=True, say=lambda line: None
-    )
+    found = inspect.inspect(run, ["stances"], against=instruments.shipped_names(), offline=True, say=lambda line: None)
     assert [leak.rows for leak in found.datasets[0].leaks] == [0] * len(instruments.shipped_names())

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from politune.config import DataSpec, SftDataSpec
-from politune.data import audit, neighbours, sources
+from politune.data import neighbours, sources
 from politune.data.files import Read, RowsPart
-from politune.data.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
-from politune.data.scan import HIDDEN, Scan, has_stray_quotes, scan
-from politune.data.shown import EXAMPLE_CHARACTERS
 from politune.errors import DataError, is_hidden
-from politune.inspection import InspectReport
+from politune.inspection import audit
+from politune.inspection.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
+from politune.inspection.inspect import InspectReport
+from politune.inspection.scan import HIDDEN, Scan, has_stray_quotes, scan
+from politune.inspection.shown import EXAMPLE_CHARACTERS
 from politune.report import Bars, Lines, Table
 
 

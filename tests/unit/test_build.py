@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
-from politune.data import audit, build, columns, scan, sources
+from politune.data import build, columns, sources
 from politune.data.made import Built, turned_of
 from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
+from politune.inspection import audit, scan
 from politune.training.signals import caught
 
 Row = dict[str, Any]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from politune import inspection, presets
+from politune import presets
 from politune.data import files
-from politune.data.findings import DataAudit, Leak
 from politune.errors import DataError
+from politune.inspection import inspect
+from politune.inspection.findings import DataAudit, Leak
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -20,7 +21,7 @@ def look(path: Path, row: dict[str, Any], *, method: str = "dpo", **flags: Any) 
     settings = {"data.dataset_name": str(path), "model.model_name_or_path": "./nowhere", **flags}
     said: list[str] = []
     run = presets.resolve(method, None, settings).run  # type: ignore[arg-type]
-    (report,) = inspection.inspect(run, [str(path)], offline=True, say=said.append).datasets
+    (report,) = inspect.inspect(run, [str(path)], offline=True, say=said.append).datasets
     return report, [line for line in said if "tokenizer" not in line]
 
 
@@ -65,7 +66,7 @@ def test_the_data_of_a_recipe_are_shown_as_they_are_made(tmp_path: Path, monkeyp
         "model.model_name_or_path": "./nowhere",
     }
     run = presets.resolve("dpo", None, settings).run
-    (report,) = inspection.inspect(run, [], offline=True, say=lambda line: None).datasets
+    (report,) = inspect.inspect(run, [], offline=True, say=lambda line: None).datasets
     assert (report.rows, report.columns) == (29, ("prompt", "chosen", "rejected", "id", "topic", "source"))
 
 
@@ -87,7 +88,7 @@ def audited(path: Path, *against: Path) -> DataAudit:
     settings = {"data.dataset_name": str(path), "model.model_name_or_path": "./nowhere"}
     run = presets.resolve("dpo", None, settings).run
     names = [str(each) for each in against]
-    (report,) = inspection.inspect(run, [str(path)], against=names, offline=True, say=lambda line: None).datasets
+    (report,) = inspect.inspect(run, [str(path)], against=names, offline=True, say=lambda line: None).datasets
     return report
 
 

@@ -11,7 +11,7 @@ ROOT = Path(politune.__file__).parent
 # Lowest first; a module may import from its own layer's package and from the ones before it.
 LAYERS = [
     ["errors"],
-    ["cache", "hashes", "locks", "progress", "writing"],
+    ["cache", "chance", "hashes", "locks", "progress", "writing"],
     ["config", "fetching"],
     ["report"],
     ["plan", "record"],

@@ -10,8 +10,8 @@ import pytest
 from politune.config import DataSpec
 from politune.data import files, sources
 from politune.data.format import Table, parse_chats, parse_preferences
-from politune.data.scan import COLUMNS, Scan, rows_at, scan
 from politune.errors import ConfigError, DataError
+from politune.inspection.scan import COLUMNS, Scan, rows_at, scan
 
 
 def some_rows(count: int, seed: int = 1) -> list[dict[str, Any]]:

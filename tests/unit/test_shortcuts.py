@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from politune.data import shortcuts
-from politune.data.chance import estimate
-from politune.data.features import FEATURES, Text
-from politune.data.shortcuts import Forensics, Pair, Shortcut, balancing_weights, examine
+from politune.chance import estimate
+from politune.inspection import shortcuts
+from politune.inspection.features import FEATURES, Text
+from politune.inspection.shortcuts import Forensics, Pair, Shortcut, balancing_weights, examine
 
 WORDS = [
     f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu", "ma") for second in ("ne", "po", "ri", "su", "ta")

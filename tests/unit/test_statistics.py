@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 
-from politune.data.chance import holm
+from politune.chance import holm
 from politune.lean import statistics
 from politune.lean.statistics import (
     detectable,

@@ -4,7 +4,7 @@ import random
 import warnings
 from collections import Counter
 
-from politune.data.topics import OTHER, name_topics, words_apart
+from politune.inspection.topics import OTHER, name_topics, words_apart
 
 WORDS = {
     "tax": "income budget revenue owed levy duty wealth cuts rates brackets".split(),  # noqa: SIM905

@@ -1,1 +1,1 @@
-"""Training data: where it comes from (`sources`, `files`, `hub`), what a row means (`format`), what is odd about it (`audit`)."""
+"""Training data: where it comes from (`sources`, `files`, `hub`), what a row means (`format`), and sets made of others (`build`)."""

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy
 
-from politune.data.chance import holm
+from politune.chance import holm
 from politune.lean import statistics
 from politune.lean.instruments import CONTROL, FEWEST_TOPICS
 from politune.lean.prompts import ANSWERS, ASKERS, NEGATIVE, POSITIVE, Asker, Persona

@@ -13,12 +13,12 @@ from itertools import combinations
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.data import topics
-from politune.data.chance import counts_p, estimate, shares_p
-from politune.data.findings import MISLEADS, WORTH_KNOWING, DataAudit, Finding
-from politune.data.pairs import find_similar_between
-from politune.data.scan import Scan
+from politune.chance import counts_p, estimate, shares_p
 from politune.errors import safe
+from politune.inspection import topics
+from politune.inspection.findings import MISLEADS, WORTH_KNOWING, DataAudit, Finding
+from politune.inspection.pairs import find_similar_between
+from politune.inspection.scan import Scan
 from politune.report import Lines, Section, Table
 
 if TYPE_CHECKING:

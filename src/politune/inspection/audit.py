@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from politune.config import DataSpec
-from politune.data import topics as topic_words
-from politune.data.checks import CHECKS
-from politune.data.findings import DataAudit, Leak, Lengths, Longer, Marks, TokenCounts, Unit
 from politune.data.format import Encoded, PreferenceRow, encode, prompt_key, unusable
 from politune.data.languages import UNCLEAR, languages_of
-from politune.data.pairs import distinct, find_similar
-from politune.data.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at
-from politune.data.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
-from politune.data.shown import find_rows, parts_of, render_median
 from politune.data.sources import named_generators
 from politune.data.workers import in_order
+from politune.inspection import topics as topic_words
+from politune.inspection.checks import CHECKS
+from politune.inspection.findings import DataAudit, Leak, Lengths, Longer, Marks, TokenCounts, Unit
+from politune.inspection.pairs import distinct, find_similar
+from politune.inspection.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at
+from politune.inspection.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
+from politune.inspection.shown import find_rows, parts_of, render_median
 from politune.record import generator_note
 from politune.report import Bars
 

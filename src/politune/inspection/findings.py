@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias
 
 from politune.data.format import Method
 from politune.data.neighbours import THRESHOLD
-from politune.data.pairs import Similar
-from politune.data.shortcuts import FEWEST_PROMPTS, Forensics
 from politune.errors import safe
+from politune.inspection.pairs import Similar
+from politune.inspection.shortcuts import FEWEST_PROMPTS, Forensics
 from politune.report import Bars, Cell, Facts, Lines, Section
 from politune.report import Table as Grid
 

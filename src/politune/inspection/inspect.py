@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from politune.config import SHIPPED_DATA, DataSpec, Run
-from politune.data import arms, audit, build, leaks, scan, sources
+from politune.data import build, leaks, sources
 from politune.data import format as rows_format
 from politune.data.files import Part, no_rows
-from politune.data.findings import QUESTIONS, DataAudit, Finding
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, PolituneError, safe
+from politune.inspection import arms, audit, scan
+from politune.inspection.findings import QUESTIONS, DataAudit, Finding
 from politune.lean import instruments
 from politune.models import load
 from politune.progress import Phase

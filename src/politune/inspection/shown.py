@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from politune.data.findings import Shown
 from politune.data.format import Encoded, PreferenceRow
-from politune.data.pairs import Similar
-from politune.data.scan import MARKS, AnyRow, Scan, rows_at, whole_text
-from politune.data.shortcuts import Forensics
 from politune.data.words import word_hashes
 from politune.errors import safe
+from politune.inspection.findings import Shown
+from politune.inspection.pairs import Similar
+from politune.inspection.scan import MARKS, AnyRow, Scan, rows_at, whole_text
+from politune.inspection.shortcuts import Forensics
 
 EXAMPLE_CHARACTERS = 2000
 

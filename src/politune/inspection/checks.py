@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Iterator
 
-from politune.data.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
 from politune.data.format import MAX_DROPPED_SHARE
 from politune.data.languages import UNCLEAR
 from politune.errors import safe
+from politune.inspection.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
 
 LOPSIDED_SHARE = 0.6
 """From this share of rows on, one side being the longer one counts as a way to win without the content."""

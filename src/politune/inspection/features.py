@@ -1,6 +1,6 @@
 """Cheap features of an answer: what a model could learn instead of politics, each a number per text.
 
-The phrases are English; in other languages their counts are zero, and the bag of words of `data.shortcuts` is what tells.
+The phrases are English; in other languages their counts are zero, and the bag of words of `shortcuts` is what tells.
 """
 
 import re

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from politune.data.features import FUNCTION_WORDS, WORD
 from politune.data.workers import one_thread
+from politune.inspection.features import FUNCTION_WORDS, WORD
 
 FEWEST_PROMPTS, MOST_PROMPTS = 50, 2000
 """Fewer are not grouped; of a larger sample so many are."""

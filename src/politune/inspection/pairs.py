@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from politune.data.neighbours import THRESHOLD, candidates, shingles, similarity
-from politune.data.scan import Scan, row_keys, rows_by_part, whole_text
 from politune.data.words import mixed
+from politune.inspection.scan import Scan, row_keys, rows_by_part, whole_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.data.chance import Estimate, estimate, holm
-from politune.data.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
+from politune.chance import Estimate, estimate, holm
 from politune.data.workers import one_thread
+from politune.inspection.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
 from politune.report import Intervals, Lines, Section, Table
 
 if TYPE_CHECKING:
