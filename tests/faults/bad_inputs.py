@@ -809,7 +809,7 @@ COMMANDS: tuple[Case, ...] = (
     case(f"data annotate data/gone.jsonl {ENDPOINT}", 3, "data/gone.jsonl"),
     case(f"data annotate data/good.jsonl {ENDPOINT} --rubric recipes/good.toml", 2, "good.toml"),
     case(f"data annotate data/good.jsonl {ENDPOINT} --concurrency 0", 2, "--concurrency"),
-    case(f"data annotate data/good.jsonl {ENDPOINT} -o fresh", 6, "127.0.0.1:9"),
+    case(f"data annotate data/good.jsonl {ENDPOINT} -o annotated", 6, "127.0.0.1:9"),
     case("data annotate data/good.jsonl --endpoint ftp://x --endpoint-model m", 2, "ftp://x"),
     case(f"data synth gone.txt -o new.jsonl {ENDPOINT}", 3, "gone.txt"),
     case(f"data synth data/rows.txt -o new.txt {ENDPOINT}", 2, "no name of a .jsonl file"),

@@ -512,6 +512,14 @@ def test_other_rows_than_the_recipe_names(many: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def test_a_missing_source_in_a_folder_called_data_is_named_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^data/gone.jsonl: there is no such file"):
+        make(tmp_path / "out.jsonl", "data/gone.jsonl")
+
+
 def sentence(number: int, size: int) -> list[str]:
     return [f"w{(number * 7919 + place * 104729) % 5003}" for place in range(size)]
 

@@ -1,1 +1,1 @@
-"""Training data: where it comes from (`sources`, `files`, `hub`), what a row means (`format`), and sets made of others (`build`)."""
+"""Training data: where they come from (`sources`, `files`, `hub`), what a row means (`format`), sets made of others (`build`)."""

@@ -181,7 +181,7 @@ def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
 
 def _of_source(error: PolituneError) -> PolituneError:
     """An error of a run's data, with the recipe's keys."""
-    error.where = re.sub("^data.(dataset_)?", "source.", error.where or "") or None
+    error.where = re.sub(r"^data\.(dataset_)?", "source.", error.where or "") or None
     return error
 
 

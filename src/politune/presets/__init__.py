@@ -327,7 +327,8 @@ def _sentence(finding: Mapping[str, Any], key: str, run_type: type[BaseModel]) -
     why = extra.get("why") if isinstance(extra, dict) else None
     value = finding.get("input")
     shown = f" = {safe(json.dumps(value, default=str), 60)}" if not isinstance(value, dict | BaseModel) else ""
-    return f"{safe(key)}{shown}: {safe(message, 400)}", str(why) if why else None, None
+    of = f"{safe(key)}{shown}: " if key else ""  # what is said of a whole file has no key
+    return f"{of}{safe(message, 400)}", str(why) if why else None, None
 
 
 def _unknown_key(group: str, leaf: str, run_type: type[BaseModel]) -> tuple[str, str | None, str | None]:
