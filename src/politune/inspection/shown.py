@@ -13,6 +13,7 @@ from politune.inspection.scan import MARKS, AnyRow, Scan, rows_at, whole_text
 from politune.inspection.shortcuts import Forensics
 
 EXAMPLE_CHARACTERS = 2000
+PLACE_CHARACTERS = 80
 
 
 def parts_of(method: str) -> tuple[str, ...]:
@@ -48,11 +49,16 @@ def find_rows(scan: Scan, usable: Sequence[AnyRow], forensics: Forensics | None,
     rows = rows_at(scan, [number for numbers in wanted.values() for number in numbers])
     for why, numbers in wanted.items():
         for number in numbers:
-            yield Shown(why, safe(rows[number].id, 80), render(rows[number], None, None))
+            yield Shown(why, _place(rows[number]), render(rows[number], None, None))
     if forensics and (alike := _most_alike(usable)) is not None:
-        yield Shown("the most similar sides", safe(usable[alike].id, 80), render(usable[alike], None, None))
+        yield Shown("the most similar sides", _place(usable[alike]), render(usable[alike], None, None))
     for number in forensics.driven if forensics else ():
-        yield Shown("a row that shortcuts give away", safe(usable[number].id, 80), render(usable[number], None, None))
+        yield Shown("a row that shortcuts give away", _place(usable[number]), render(usable[number], None, None))
+
+
+def _place(row: AnyRow) -> str:
+    """The row's own name, or where it stands; of a long path the end, which says the line."""
+    return safe(row.id if len(row.id) <= PLACE_CHARACTERS else f"…{row.id[1 - PLACE_CHARACTERS :]}", None)
 
 
 def _most_alike(rows: Sequence[AnyRow]) -> int | None:
