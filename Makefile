@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	$(BIN)/politune ask $(DEMO)/demo-left --question "$(QUESTION)"
 
 test: $(VENV)/.developing
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 # Everything that a run survives, in under 40 minutes; writes docs/faults.md. `make test` does a part of it.
 faults: $(VENV)/.developing

@@ -7,9 +7,6 @@ import pytest
 from faults.__main__ import SUBJECTS
 from faults.lab import Lab
 
-# One after the other: each of them keeps both cores busy.
-pytestmark = pytest.mark.xdist_group("faults")
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
