@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from politune.config import PLACEBOS, Recipe
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
 from politune.data.neighbours import candidates
+from politune.data.words import mixed
 from politune.errors import DataError, safe
 
 if TYPE_CHECKING:
@@ -244,27 +245,17 @@ def _bins(lengths: "NDArray[Any]") -> "NDArray[Any]":
 # --- ranks and places ------------------------------------------------------------------------------------------------
 
 
-def _mixed(numbers: "NDArray[Any]") -> "NDArray[Any]":
-    """splitmix64's finaliser, uint64."""
-    import numpy as np
-
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    numbers ^= numbers >> np.uint64(31)
-    return numbers
-
-
 def _ranks(hashes: "NDArray[Any]", seed: int, purpose: str = "") -> "NDArray[Any]":
     """[rows] uint64, the same for a row and for the one with its answers changed about."""
     import numpy as np
 
     salt = int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=8).digest(), "little")
-    return _mixed(identities(hashes) ^ np.uint64(salt))
+    return mixed(identities(hashes) ^ np.uint64(salt))
 
 
 def identities(hashes: "NDArray[Any]") -> "NDArray[Any]":
     """Of a row and of the one with its answers changed about, uint64 [rows]."""
-    found: NDArray[Any] = _mixed(hashes[:, 0]) ^ _mixed(_mixed(hashes[:, 1]) + _mixed(hashes[:, 2]))
+    found: NDArray[Any] = mixed(hashes[:, 0]) ^ mixed(mixed(hashes[:, 1]) + mixed(hashes[:, 2]))
     return found
 
 
@@ -272,7 +263,7 @@ def _ordered(hashes: "NDArray[Any]", first: int, second: int) -> "NDArray[Any]":
     """Of a row with one of its answers first and the other second, uint64 [rows]."""
     import numpy as np
 
-    return _mixed(_mixed(hashes[:, 0]) ^ (_mixed(hashes[:, first]) + _mixed(hashes[:, second]) * np.uint64(3)))
+    return mixed(mixed(hashes[:, 0]) ^ (mixed(hashes[:, first]) + mixed(hashes[:, second]) * np.uint64(3)))
 
 
 def _numbered(*groups: "NDArray[Any]") -> "NDArray[Any]":
@@ -303,7 +294,7 @@ def places(
     within = _counted(np.lexsort((ranks, inner)), inner)
     if len(groups) and inner.max() == groups.max():  # each group is one cell
         return within
-    start = _mixed(_mixed(cells.astype(np.uint64))) / 2.0**64 if scattered else 0.5
+    start = mixed(mixed(cells.astype(np.uint64))) / 2.0**64 if scattered else 0.5
     stands = (within + start) / np.bincount(inner)[inner]
     return _counted(np.lexsort((ranks, inner, stands, groups)), groups)
 

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,6 @@ class InspectReport:
 
 
 def _titled(section: Section, suffix: str) -> Section:
-    from dataclasses import replace
-
     return replace(section, title=f"{section.title}{suffix}") if suffix else section
 
 
