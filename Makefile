@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= .demo
 QUESTION ?= Should unemployment benefits be more generous?
 
-.PHONY: demo study test faults check format lint types wheel figures bench bench-plan bench-build simulate calibrate slurm clean
+.PHONY: demo study test faults check format lint types wheel figures bench bench-plan bench-build bench-inspect simulate calibrate slurm clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("politune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -26,8 +26,9 @@ demo: $(VENV)/.installed
 	$(BIN)/politune merge $(DEMO)/demo-left
 	$(BIN)/politune ask $(DEMO)/demo-left --question "$(QUESTION)"
 
+# A file of tests in each of two processes, and one thread in each: more would wait for one another.
 test: $(VENV)/.developing
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Everything that a run survives, in under 40 minutes; writes docs/faults.md. `make test` does a part of it.
 faults: $(VENV)/.developing
@@ -66,6 +67,13 @@ bench-plan: $(VENV)/.installed
 # Speed, memory and identity of data build on a million rows, in about ten minutes on a quiet machine; writes benchmarks/BUILD.md.
 bench-build: $(VENV)/.installed
 	$(BIN)/python benchmarks/build.py
+
+# What `inspect-data` takes beside pandas, what of planted shortcuts it finds, and what damaged files do to it, in about half an hour;
+# writes benchmarks/INSPECT.md, SHORTCUTS.md and DAMAGED.md.
+bench-inspect: $(VENV)/.developing
+	$(BIN)/python benchmarks/inspect_data.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shortcuts.py
+	$(BIN)/python benchmarks/damaged.py
 
 # The shipped study: three arms, three seeds, trained, measured and compared, in well under 45 minutes on two cores.
 study: $(VENV)/.installed

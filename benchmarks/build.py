@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import rows
+import watched
 
 PAGE = Path(__file__).with_name("BUILD.md")
 SMALL = 100_000
@@ -69,43 +69,16 @@ def start(path: Path, out: Path, cores: int | None) -> subprocess.Popen[str]:
 def build(path: Path, out: Path, cores: int | None = None) -> Done:
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start(path, out, cores)
-    peak = [0]
-    watcher = threading.Thread(target=watch, args=(process, peak))
-    watcher.start()
+    watch = watched.Watch(process)
     text = process.communicate()[0]
     seconds = time.monotonic() - started
-    watcher.join()
+    peak_bytes = watch.peak_bytes()
     if process.returncode:
         raise SystemExit(f"{path} ended with {process.returncode}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     first = used.ru_maxrss * 1024  # of the largest child until now
-    return Done(seconds, cpu_seconds, peak[0], first, json.loads(text))
-
-
-def watch(process: subprocess.Popen[str], peak: list[int]) -> None:
-    while process.poll() is None:
-        peak[0] = max(peak[0], sum(map(memory, family(process.pid))))
-        time.sleep(0.1)
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it started."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
-    except (OSError, ValueError):
-        return [pid]
-    return [pid, *(one for child in children for one in family(child))]
-
-
-def memory(pid: int) -> int:
-    """Of a process in bytes, what it shares divided by those that share it."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return 0
+    return Done(seconds, cpu_seconds, peak_bytes, first, json.loads(text))
 
 
 def killed(path: Path, out: Path, after: float, expected: str) -> bool:

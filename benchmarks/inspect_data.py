@@ -6,23 +6,19 @@ near-duplicates it finds.
 Rows are those of rows.py, made once in DIRECTORY (1.2 GB for a million). The pandas script reads the same file and gives
 counts, lengths in characters and words, and exact duplicates, and nothing else. Both are whole commands, run alternately three
 times up to 100,000 rows and twice beyond; medians. Memory is that of all processes together (their proportional set size, looked
-at five times a second). Writes INSPECT.md beside this file.
+at ten times a second). Writes INSPECT.md beside this file.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import rows as made
+import watched
 
 PAGE = Path(__file__).with_name("INSPECT.md")
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -36,39 +32,10 @@ for column in rows.columns:
 """
 
 
-def run(command: list[str]) -> tuple[float, float, str]:
-    """(seconds, peak memory in MB, what it printed)."""
-    peak, ended = [0.0], threading.Event()
-    started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        watch = threading.Thread(target=_watch, args=(process.pid, peak, ended))
-        watch.start()
-        out, _ = process.communicate()
-        seconds = time.monotonic() - started
-        ended.set()
-        watch.join()
-    assert process.returncode == 0, command
-    return seconds, peak[0], out
-
-
-def _watch(pid: int, peak: list[float], ended: threading.Event) -> None:
-    while not ended.wait(0.2):
-        peak[0] = max(peak[0], sum(_memory_of(each) for each in _tree(pid)))
-
-
-def _tree(pid: int) -> Iterator[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        yield from (process, *process.children(recursive=True))
-    except psutil.NoSuchProcess:
-        return
-
-
-def _memory_of(process: psutil.Process) -> float:
-    try:
-        return float(process.memory_full_info().pss) / 1e6
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0
+def run(command: list[str]) -> watched.Done:
+    done = watched.run(command)
+    assert done.code == 0, done.err
+    return done
 
 
 def inspect(path: Path) -> list[str]:
@@ -88,11 +55,12 @@ def near_duplicates(place: Path) -> str:
     planted = made.write(path, 100_000, near=0.01, longer=0.86, seed=7)
     texts = [[row[name] for name in ("prompt", "chosen", "rejected")] for row in map(json.loads, path.open())]
     code = (
-        "import json, sys; from politune.config import DataSpec; from politune.data import pairs, scan, sources\n"
+        "import json, sys; from politune.config import DataSpec; from politune.data import sources\n"
+        "from politune.inspection import pairs, scan\n"
         "found = scan.scan(sources.stream(DataSpec(dataset_name=sys.argv[1])), 'dpo', None, 0, processes=1)\n"
         "print(json.dumps(pairs.similar_pairs(found, pairs.distinct(found)[1])[0].tolist()))"
     )
-    found = {tuple(pair) for pair in json.loads(run([sys.executable, "-c", code, str(path)])[2])}
+    found = {tuple(pair) for pair in json.loads(run([sys.executable, "-c", code, str(path)]).out)}
     near = {pair for pair in planted if _jaccard(texts, pair) >= 0.8 and texts[pair[0]] != texts[pair[1]]}
     right = sum(_jaccard(texts, pair) >= 0.8 for pair in found)
     return (
@@ -125,13 +93,13 @@ def main() -> None:
         path = place / f"{size}.jsonl"
         if not path.exists():
             made.write(path, size, near=0.002, longer=0.86)
-        times: dict[str, list[tuple[float, float]]] = {"politune": [], "pandas": []}
+        times: dict[str, list[watched.Done]] = {"politune": [], "pandas": []}
         for _ in range(3 if size <= 100_000 else 2):
-            times["politune"].append(run(inspect(path))[:2])
-            times["pandas"].append(run([sys.executable, "-c", PANDAS, str(path)])[:2])
-        ours, theirs = (statistics.median(each[0] for each in times[name]) for name in ("politune", "pandas"))
-        seconds[size], memory[size] = ours, max(each[1] for each in times["politune"])
-        pandas_memory = max(each[1] for each in times["pandas"])
+            times["politune"].append(run(inspect(path)))
+            times["pandas"].append(run([sys.executable, "-c", PANDAS, str(path)]))
+        ours, theirs = (statistics.median(each.seconds for each in times[name]) for name in ("politune", "pandas"))
+        seconds[size], memory[size] = ours, max(each.peak_bytes for each in times["politune"]) / 1e6
+        pandas_memory = max(each.peak_bytes for each in times["pandas"]) / 1e6
         lines.append(
             f"| {size:,} | {ours:.1f} | {size / ours:,.0f} | {memory[size]:,.0f} | {theirs:.1f} | {pandas_memory:,.0f} | "
             f"{ours / theirs:.2f} |\n"

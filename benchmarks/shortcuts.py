@@ -2,7 +2,8 @@
 
 python benchmarks/shortcuts.py [SETS]
 
-Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands on the chosen side in 60 % of the rows. The
+Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands on the chosen side in 60 % of the rows. Where the
+texts have of their own what is planted, the feature is right in fewer of them: both are shown for commas. The
 set without one is, in turns, such sentences and the shipped stances with their sides shuffled. Writes benchmarks/SHORTCUTS.md.
 """
 
@@ -44,6 +45,20 @@ def answer(draw: random.Random) -> str:
     return " ".join(sentences)
 
 
+def more_commas(text: str, other: str, draw: random.Random) -> tuple[str, str]:
+    """The fewest more that make it more for each word: the other one keeps its own."""
+    count = other.count(",")
+    more = count * len(text.split()) // len(other.split()) + 1
+    return _with_commas(text, more, draw), _with_commas(other, count, draw)
+
+
+def _with_commas(text: str, count: int, draw: random.Random) -> str:
+    words = text.replace(",", "").split(" ")
+    for place in draw.sample([place for place, word in enumerate(words) if word.isalpha()], count):
+        words[place] += ","
+    return " ".join(words)
+
+
 def one_sentence_more(text: str, other: str, draw: random.Random) -> tuple[str, str]:
     """The other one is cut to the length in sentences less one."""
     count = min(text.count("."), other.count("."))
@@ -55,7 +70,11 @@ PLANTS: dict[str, Callable[[str, str, random.Random], tuple[str, str]]] = {
     "a line break at the beginning": lambda text, other, draw: ("\n" + text, other),
     "a quotation mark": lambda text, other, draw: (f'"{text}"', other),
     "an opening word": lambda text, other, draw: (f"Well, {text}", f"So, {other}"),
-    "one more comma": lambda text, other, draw: (text.replace(" ", ", ", 2).replace(",,", ","), other),
+    "more commas": more_commas,
+    "one or two commas more, among others": lambda text, other, draw: (
+        text.replace(" ", ", ", 2).replace(",,", ","),
+        other,
+    ),
     "one word somewhere": lambda text, other, draw: (_insert(text, "liberty", draw), other),
     "a closing word": lambda text, other, draw: (f"{text} Indeed.", f"{other} Truly."),
 }

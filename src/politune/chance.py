@@ -15,7 +15,7 @@ ENOUGH = 5.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """An accuracy with its 95 % interval; `rows` is what the rows are worth as independent ones."""
+    """An accuracy with its 95 % interval; `rows` is what the rows are worth as independent ones without ties."""
 
     accuracy: float
     low: float
@@ -27,8 +27,9 @@ def estimate(values: "NDArray[Any]", groups: "NDArray[Any]", weights: "NDArray[A
     """A mean of values from 0 to 1, whose rows depend on each other within groups.
 
     The interval is Wilson's (E. B. Wilson 1927, JASA 22) with an effective number of rows: the variance is that of sums over
-    groups, n_eff = p(1 - p) / var(p) (as in Korn & Graubard 1998, Survey Methodology 24), and no more than the rows' own number.
-    That is also what a variance of zero comes to, as of pairs that all stand both ways round.
+    groups, n_eff = p(1 - p) / var(p) (as in Korn & Graubard 1998, Survey Methodology 24), and no more than that of rows which do
+    not depend on each other and are spread as these are: of zeros and ones their own number, with ties more. That is also what a
+    variance of zero comes to, as of pairs that all stand both ways round.
 
     Args:
         values: [rows]
@@ -44,7 +45,8 @@ def estimate(values: "NDArray[Any]", groups: "NDArray[Any]", weights: "NDArray[A
     count = int((held > 0).sum())
     variance = float((sums**2).sum()) * count / max(1, count - 1)
     if np.ptp(values) > 0:
-        most = 1 / float((weights**2).sum())
+        spread = float((weights * (values - mean) ** 2).sum())
+        most = mean * (1 - mean) / spread / float((weights**2).sum())
         rows = min(mean * (1 - mean) / variance, most) if variance else most
     else:  # all or none: they say nothing of how prompts differ
         mean, rows = float(values[0]), 1 / float((held**2).sum())

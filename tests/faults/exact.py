@@ -128,12 +128,12 @@ def _resumed(lab: Lab, rows: Mapping[str, Path], kinds: Sequence[Kind], whole: b
     cases = (
         [(number, kind, POINTS) for number, kind in numbered]
         if whole
-        else [(number, kind, (POINTS[(turn + 1) % 4],)) for turn, (number, kind) in enumerate(numbered[::7])]
+        else [(number, kind, (POINTS[(turn + 1) % 4],)) for turn, (number, kind) in enumerate(numbered[7::6])]
     )
     told = [each if isinstance(each, list) else [each] for each in side_by_side(trial, cases)]
     what = f"stopped {' / '.join(POINTS)} and resumed: goes on after that step, equal"
     beside = f"{len(cases)} kinds of run"
-    return count(what, itertools.chain(*told), beside=beside, at_least=80 if whole else 4)
+    return count(what, itertools.chain(*told), beside=beside, at_least=80 if whole else 3)
 
 
 def _steps(out: Path) -> dict[str, int]:
@@ -292,13 +292,13 @@ def _changed_settings(lab: Lab, whole: bool) -> Figure:
                     flaw = _not_refused(ended, name, before.get(name), _values(argv)[name])
                 return flaw and f"{case}: {flaw}"
 
-        found = side_by_side(trial, cases if whole else cases[::6])
+        found = side_by_side(trial, cases if whole else cases[::12])
     allowed = sum(name.startswith(NOT_OF_AN_ADAPTER) for _, name in cases)
     beside = f"{len(cases) - allowed} refused, {allowed} of no influence on the adapter taken, equal" if whole else ""
     what = (
         "a setting changed on resume, every field of both schemas, to what a fresh run takes: refused by name, or equal"
     )
-    return count(what, found, beside=beside, at_least=75 if whole else 12)
+    return count(what, found, beside=beside, at_least=75 if whole else 6)
 
 
 def _in_splits(path: Path, data: Path) -> Path:
@@ -374,7 +374,7 @@ def _changed_surroundings(lab: Lab, whole: bool) -> Figure:
                 good &= re.search(f"{name}: {CHANGED}", ended.last) is not None
                 return None if good else f"{name}: {ended.code} {ended.last}"
 
-        found = side_by_side(trial, changes if whole else list(changes)[::2])
+        found = side_by_side(trial, changes if whole else list(changes)[::3])
         if whole:
             lab.run(lab.train(place / "trl", trl__adam_beta1=0.8), before=die_in_step, given=[5])
             flaw = _not_refused(lab.run([*lab.train(place / "trl"), "--resume"]), "trl.adam_beta1", 0.8, None)
@@ -384,7 +384,7 @@ def _changed_surroundings(lab: Lab, whole: bool) -> Figure:
             None if control.code == 0 and went_on(control, 4) else f"nothing changed, and refused: {control.last}"
         )
     what = "the data, the base, its template, its config, a library or the threads changed on resume: refused by name, old -> new"
-    return count(what, found, at_least=8 if whole else 4)
+    return count(what, found, at_least=8 if whole else 3)
 
 
 def another_version() -> None:

@@ -38,7 +38,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
 
 def _not_a_number(lab: Lab, whole: bool) -> Figure:
     cases = list(itertools.product(PLACES, VALUES, (1, 6), ("dpo", "sft"), ("auto", "off")))
-    cases = cases if whole else cases[::17]
+    cases = cases if whole else cases[::27]
     with lab.place("finite") as place:
         expected = {}
         for method, packing in itertools.product(("dpo", "sft"), ("auto", "off")):
@@ -66,7 +66,7 @@ def _not_a_number(lab: Lab, whole: bool) -> Figure:
     what = (
         "NaN or infinity put into a loss, gradient, weight or optimizer moment: 8 in that step, never saved, then equal"
     )
-    return count(what, found, at_least=80 if whole else 5)
+    return count(what, found, at_least=80 if whole else 3)
 
 
 def _is_finite(checkpoint: Path) -> bool:
@@ -121,7 +121,7 @@ def _out_of_memory(lab: Lab, whole: bool) -> Figure:
         case for case in itertools.product(("dpo", "sft"), PARTS, WORDS) if case[:2] != ("sft", "the reference phase")
     ]
     numbered = list(enumerate(cases))
-    numbered = numbered if whole else numbered[4::16]
+    numbered = numbered if whole else numbered[14::27]
 
     with lab.place("memory") as place:
 
@@ -152,7 +152,7 @@ def _out_of_memory(lab: Lab, whole: bool) -> Figure:
         f"no memory in {', '.join(PARTS)}: 8, with three settings that need less (packed rows of this size have two),"
         " nothing exported, then equal"
     )
-    return count(what, found, at_least=51 if whole else 3)
+    return count(what, found, at_least=51 if whole else 2)
 
 
 def _packing(number: int) -> str:
@@ -305,9 +305,9 @@ def _rehearsed(lab: Lab, whole: bool) -> Figure:
             return None if good else f"{case}: {hashes}, {done}"
 
     cases = list(itertools.product(("dpo", "sft"), ("auto", "off"), (False, True)))
-    found = side_by_side(trial, cases if whole else cases[::3])
+    found = side_by_side(trial, cases if whole else cases[::7])
     what = "the longest rows computed before step 1: equal to a run without, its log too"
-    return count(what, found, at_least=8 if whole else 3)
+    return count(what, found, at_least=8 if whole else 2)
 
 
 def _numbers(line: str) -> dict[str, float]:

@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "data/files.py": ("unit/test_sources.py",),
     "data/sources.py": ("unit/test_sources.py",),
     "data/hub.py": ("unit/test_hub.py",),
-    "inspection/scan.py": ("unit/test_scan.py",),
+    "inspection/scan.py": (
+        "unit/test_scan.py::test_what_changed_since_is_refused",
+        "unit/test_scan.py::test_splits",
+        "unit/test_scan.py::test_parts_of_another_shape_are_refused",
+    ),
     "fetching.py": ("unit/test_fetching.py",),
     "locks.py": ("unit/test_study.py",),
     "study/spec.py": ("unit/test_study.py",),
@@ -75,6 +80,7 @@ CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "extra", "strict", "allow_i
 LIMIT_SECONDS = 60
 ALONE_SECONDS = 240
 MOST_BYTES = 6 * 2**30
+SHARE, MOST_FIRST = 40, 8
 SURVIVES, DIES, ENDLESS = 0, 1, -signal.SIGKILL
 
 
@@ -95,7 +101,8 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     checks = {module: checks_of(module) for module in MODULES}
     if not whole:
         checks = {module: [checks[module][number] for name, number in SOME if name == module] for module, _ in SOME}
-    largest_first = sorted(checks.values(), key=len, reverse=True)
+    shares = [each[start : start + SHARE] for each in checks.values() for start in range(0, len(each), SHARE)]
+    largest_first = sorted(shares, key=len, reverse=True)
     with lab.place("validators") as place:
         parts = side_by_side(lambda share: _part(lab, place, share), largest_first)
         ended: dict[Check, int | str] = {}
@@ -151,10 +158,25 @@ def main() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "politune"]:
         del sys.modules[name]  # `bad_inputs` brought it along; each child imports its own
     files.rename(_whole(files))
-    if (ended := _in_a_child(files, module, None, ALONE_SECONDS)) != SURVIVES:
+    twice = [str(TESTS / test) for test in MODULES[module]]
+    if (ended := _in_a_child(files, module, None, ALONE_SECONDS, twice)) != SURVIVES:
         raise RuntimeError(f"{module}: the tests fail with nothing deleted ({ended})")
-    found = [_in_a_child(files, module, int(number), limit) for number in sys.argv[4:]]
+    found, failed = list[int](), list[str]()
+    for number in map(int, sys.argv[4:]):
+        found.append(_in_a_child(files, module, number, limit, failed[:MOST_FIRST]))
+        # What a test finds is often found by the same one as what stood before it.
+        failed = list(dict.fromkeys([*_failed_in(_log(files, number)), *failed]))
     sys.stdout.write(json.dumps(found))
+
+
+def _log(files: Path, number: int | None) -> Path:
+    return files.parent / f"{number}.log"
+
+
+def _failed_in(log: Path) -> list[str]:
+    """The tests that failed, with all their parameters, as pytest takes them."""
+    found = re.findall(r"^FAILED (?:.*/)?tests/([^:]+::[^\s\[]+)", log.read_text(errors="replace"), re.MULTILINE)
+    return [str(TESTS / name) for name in found]
 
 
 def _needs_torch(module: str) -> bool:
@@ -166,10 +188,13 @@ def _whole(files: Path) -> Path:
     return files.with_name("whole")
 
 
-def _in_a_child(files: Path, module: str, number: int | None, limit: float) -> int:
+def _in_a_child(files: Path, module: str, number: int | None, limit: float, first: Sequence[str] = ()) -> int:
     """The exit code of the tests without a check, or the signal that ended them: ours, where they took too long.
 
     They get files of their own, because what a check would have stopped may write there.
+
+    Args:
+        first: tests to begin with; all others only where these pass.
     """
     subprocess.run(["cp", "-a", str(_whole(files)), str(files)], check=True)
     child = os.fork()
@@ -177,7 +202,7 @@ def _in_a_child(files: Path, module: str, number: int | None, limit: float) -> i
         code = 3
         try:
             os.setsid()  # what its tests start ends with it
-            code = _run_tests(files, module, number)
+            code = _run_tests(files, module, number, first)
         except BaseException:
             traceback.print_exc()
         os._exit(code)
@@ -190,9 +215,9 @@ def _in_a_child(files: Path, module: str, number: int | None, limit: float) -> i
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _run_tests(files: Path, module: str, number: int | None) -> int:
+def _run_tests(files: Path, module: str, number: int | None, first: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    log = os.open(files.parent / f"{number}.log", os.O_WRONLY | os.O_CREAT)
+    log = os.open(_log(files, number), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     name = ".".join(["politune", *Path(module).with_suffix("").parts]).removesuffix(".__init__")
@@ -201,8 +226,22 @@ def _run_tests(files: Path, module: str, number: int | None) -> int:
     import pytest
 
     tests = [str(TESTS / test) for test in MODULES[module]]
-    plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--hypothesis-seed=0", "-k", SLOW]
-    code = int(pytest.main([*plain, *tests])) if tests else SURVIVES
+    plain = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=line",
+        "--hypothesis-seed=0",
+        "-rf",
+        "-k",
+        SLOW,
+    ]
+    code = SURVIVES
+    for some in filter(None, (first, tests)):
+        code = code or int(pytest.main([*plain, *some]))
     if not _needs_torch(module):
         code = code or _run_cases(files, module)
     if number is not None:

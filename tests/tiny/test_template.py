@@ -52,7 +52,7 @@ def test_a_template_that_misbehaves_is_refused_in_time(copy: Path, text: str) ->
 @pytest.mark.parametrize("text", [tiny_models.LLAMA_TEMPLATE, tiny_models.MISTRAL_TEMPLATE])
 def test_the_templates_in_use_are_not(copy: Path, text: str) -> None:
     (copy / "chat_template.jinja").write_text(text)
-    load.load_tokenizer(resolved(copy))
+    assert load.load_tokenizer(resolved(copy)).chat_template == text
 
 
 def test_a_tokenizer_without_template_is_taken() -> None:

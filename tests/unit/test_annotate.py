@@ -551,7 +551,8 @@ def test_no_cache_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     (place / "file").touch()
     monkeypatch.setenv("POLITUNE_CACHE", str(place / "file" / "below"))
     with StandIn(judge) as server:
-        run(write(place / "pairs.jsonl", pairs(2)), server.url)
+        found = run(write(place / "pairs.jsonl", pairs(2)), server.url)
+    assert found.rows == 2
 
 
 def test_limit_takes_the_first_rows_and_may_grow(place: Path) -> None:

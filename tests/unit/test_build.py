@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from politune import cli, flags, presets
 from politune.config import DataSpec, Recipe
-from politune.data import build, columns, sources
+from politune.data import build, columns, output, rendering, sources
 from politune.data.made import Built, turned_of
 from politune.errors import ConfigError, DataError, Interrupted, OutputError, PolituneError
 from politune.inspection import audit, scan
@@ -406,9 +406,10 @@ def test_a_build_that_is_killed_leaves_nothing_that_matters(parts: Path, tmp_pat
     out, text = tmp_path / "out.jsonl", f'[[source]]\nname = "{parts}"\n'
     (tmp_path / "it.toml").write_text(text)
     code = (
-        "import sys, time\nfrom politune import presets\nfrom politune.data import build, files\nfiles.PART_BYTES = 4096\n"
-        "write = build._write_all\n"
-        "build._write_all = lambda file, content: (write(file, content), file.flush(), print('w', flush=True), time.sleep(60))\n"
+        "import sys, time\nfrom politune import presets\nfrom politune.data import build, files, rendering\n"
+        "files.PART_BYTES, write = 4096, rendering._write_all\n"
+        "rendering._write_all = "
+        "lambda file, content: (write(file, content), file.flush(), print('w', flush=True), time.sleep(60))\n"
         "from pathlib import Path\n"
         "build.build(presets.read_recipe(sys.argv[1]), Path(sys.argv[2]), processes=1)\n"
     )
@@ -434,7 +435,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_matters(parts: Path, tmp_pat
 
 
 def test_an_interrupted_build_leaves_nothing(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_write_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(rendering, "_write_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted) as stopped, caught("politune data build it.toml"):
         make(tmp_path / "out.jsonl", parts)
     assert stopped.value.exit_code == 130
@@ -716,9 +717,9 @@ def test_a_full_disk_leaves_nothing(many: Path, tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("_write_all", "write_whole"):
+    for module, name in ((rendering, "_write_all"), (output, "write_whole")):
         with monkeypatch.context() as patch:
-            patch.setattr(build, place, full)
+            patch.setattr(module, name, full)
             with pytest.raises(OutputError, match="No space left"):
                 make(tmp_path / "out.jsonl", many)
         assert names_in(tmp_path) == ["many.jsonl"]

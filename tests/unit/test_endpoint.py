@@ -239,7 +239,9 @@ def test_what_was_weighed_is_no_answer() -> None:
 
 def test_lone_surrogates_can_be_written_afterwards(tmp_path: Path) -> None:
     with StandIn(lambda prompt, before: "a\ud800b") as server:
-        (tmp_path / "text").write_text(ask(server.url, "a")[0].text, encoding="utf-8")
+        text = ask(server.url, "a")[0].text
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    assert (text[0], text[-1]) == ("a", "b")
 
 
 def test_a_huge_answer_is_cut_off() -> None:

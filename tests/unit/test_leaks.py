@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from politune.data import leaks
-from politune.inspection.scan import hash_texts
+from politune.data.texts import hash_texts
 
 KNOWN = "the quick brown fox jumps over the lazy dog and then it sleeps"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from politune import presets
 from politune.config import Recipe
-from politune.data import select
+from politune.data import places, select
 from politune.data.columns import Columns
 from politune.errors import ConfigError, DataError
 
@@ -290,7 +290,7 @@ def test_any_first_rows_hold_every_cell_in_its_share(scattered: bool) -> None:
     """Cells of 40, 20 and 10 rows: of the first k rows 4/7, 2/7 and 1/7 k are theirs, to within one."""
     cells = np.repeat([0, 1, 2], [40, 20, 10])
     ranks = np.random.default_rng(1).permutation(70).astype(np.uint64)
-    place = select.places(np.zeros(70, np.int64), cells, ranks, scattered=scattered)
+    place = places.places(np.zeros(70, np.int64), cells, ranks, scattered=scattered)
     assert sorted(place) == list(range(70))
     for first in range(71):
         taken = np.bincount(cells[place < first], minlength=3)
@@ -300,21 +300,21 @@ def test_any_first_rows_hold_every_cell_in_its_share(scattered: bool) -> None:
 
 def test_cells_of_one_row_do_not_all_stand_in_the_middle() -> None:
     """A thousand of them: of the first tenth about a tenth (three standard deviations are 28 rows), whatever their numbers."""
-    place = select.places(np.zeros(1000, np.int64), np.arange(1000), np.arange(1000, dtype=np.uint64), scattered=True)
+    place = places.places(np.zeros(1000, np.int64), np.arange(1000), np.arange(1000, dtype=np.uint64), scattered=True)
     assert abs((place[:500] < 100).sum() - 50) < 20
 
 
 def test_places_are_counted_within_groups() -> None:
     groups = np.array([1, 0, 1, 0, 1])
-    place = select.places(groups, np.zeros(5, np.int64), np.array([5, 9, 1, 2, 3], np.uint64))
+    place = places.places(groups, np.zeros(5, np.int64), np.array([5, 9, 1, 2, 3], np.uint64))
     assert place.tolist() == [2, 1, 0, 0, 1]
 
 
 def test_a_rank_does_not_know_which_answer_is_chosen() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**63, (100, 3)).astype(np.uint64)
-    assert (select._ranks(hashes, 7) == select._ranks(hashes[:, [0, 2, 1]], 7)).all()
-    assert (select._ranks(hashes, 7) != select._ranks(hashes, 8)).all()
-    assert len(set(select.identities(hashes).tolist())) == 100
+    assert (places.ranks_of(hashes, 7) == places.ranks_of(hashes[:, [0, 2, 1]], 7)).all()
+    assert (places.ranks_of(hashes, 7) != places.ranks_of(hashes, 8)).all()
+    assert len(set(places.identities(hashes).tolist())) == 100
     assert (select._ordered(hashes, 1, 2) != select._ordered(hashes, 2, 1)).all()
 
 

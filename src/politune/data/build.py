@@ -5,16 +5,14 @@ them. Memory grows with the rows by their columns alone.
 """
 
 import contextlib
-import gzip
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -24,45 +22,33 @@ from politune.config import OPPOSITE, SHIPPED_DATA, DataSpec, Recipe, SourceSpec
 from politune.data import card, select, sources
 from politune.data.columns import (
     IS_CONVERSATION,
-    IS_SPLICEABLE,
     Columns,
     Reader,
     changed,
-    jobs,
     read_columns,
     shingles_of,
-    sound,
-    starts,
     wanted_rows,
 )
-from politune.data.files import Part, TextPart, kind_of
-from politune.data.format import Message, Table
+from politune.data.files import kind_of
 from politune.data.made import Built, Lengths, SourceFacts
 from politune.data.neighbours import THRESHOLD, similarity
-from politune.data.sources import MADE_BY, MANIFEST, named_generators
+from politune.data.output import InUse, disk_errors, drafted, publish, refuse_source, suffix_of
+from politune.data.rendering import Rendering, Shape, picked, render, writer
+from politune.data.sources import MADE_BY, named_generators
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, OutputError, PolituneError, safe
 from politune.hashes import sha256_of, sha256_once
-from politune.locks import locked
 from politune.progress import Phase
-from politune.record import read_json, sha256_of_json
-from politune.writing import sync, write_whole
+from politune.record import sha256_of_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-CARD = ".md"
 FOLDER = "data"
 """In the user's cache: what runs with a recipe in their settings were trained on."""
 WAIT_SECONDS = 0.2
 ROWS_BETWEEN_LINES = 100_000
 """Where nobody can tell how many are to come: packed files, tables."""
-KEY = re.compile(rb'"(chosen|rejected)"(?=\s*:)')
-"""In a line of JSON such a word before a colon is a key: within a text the quotation marks would be escaped."""
-OTHER_KEY = {b"chosen": b'"rejected"', b"rejected": b'"chosen"'}
-
-Shape = Literal["text", "messages"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +88,8 @@ def build(
     with contextlib.ExitStack() as stack:
         draft = None
         if output is not None:
-            _refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
-            draft = stack.enter_context(_draft(output, replaces))
+            refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
+            draft = stack.enter_context(drafted(output, replaces))
         own = _measured(recipe, streams[0], processes, say)
         other = _measured(twin, streams[1], processes, say) if twin else None
         sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
@@ -111,10 +97,10 @@ def build(
         built = _described(own, other, chosen)
         if output is None or draft is None:
             return built
-        with _disk_errors(output):
+        with disk_errors(output):
             _write_rows(own, chosen, built.shape, draft, output, processes, say)
             built = replace(built, file=output.name, sha256=sha256_of(draft))
-            _publish(draft, output, built)
+            publish(draft, output, _manifest(built), card.data_card(built))
     return built
 
 
@@ -337,353 +323,29 @@ def _lengths(columns: Columns, rows: "NDArray[Any]", turned: "NDArray[Any]") -> 
     return Lengths(len(rows), int((more > 0).sum()), int((more < 0).sum()), int((more == 0).sum()), *medians)
 
 
+def _manifest(built: Built) -> str:
+    return json.dumps({"made_by": MADE_BY, **asdict(built)}, indent=2, ensure_ascii=False) + "\n"
+
+
 # --- the second reading ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """How rows are written, by whichever process."""
-
-    reader: Reader
-    source: str
-    shape: Shape
-    suffix: str
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A part of a plain file of lines, which who needs it reads himself: it does not travel."""
-
-    path: Path
-    name: str
-    start: int
-    size: int
-
-    def text(self) -> TextPart:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return TextPart(self.name, file.read(self.size), 2 if self.start else 1)
-
-
-@dataclass(frozen=True)
-class Picked:
-    """The rows of one part that are written.
-
-    Args:
-        part, first: as of `columns.jobs`.
-        size: how many of its rows belong to the data set.
-        rows: their numbers within the part, ascending.
-        turned: whether chosen and rejected change places.
-        spliceable: whether the line can be taken as it is.
-        ids: of rows that have none of their own.
-        topics: of each row.
-    """
-
-    part: Part | Stretch
-    first: int
-    size: int
-    rows: list[int]
-    turned: list[bool]
-    spliceable: list[bool]
-    ids: list[int]
-    topics: list[str]
 
 
 def _write_rows(
     own: Side, chosen: select.Chosen, shape: Shape, draft: Path, output: Path, processes: int | None,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    suffix = _suffix(output)
+    suffix = suffix_of(output)
     phase, done = Phase("writing", "rows", say), 0
-    with _writer(draft, suffix, shape) as write:
+    with writer(draft, suffix, shape) as write:
         for number, (reader, stream) in enumerate(zip(own.readers, own.streams, strict=True)):
             rendering = Rendering(reader, stream.name, shape, suffix)
-            picked = _picked(own.columns, chosen, number, shape, stream, reader)
-            for count, content in in_order(partial(render, rendering), picked, processes):
+            parts = picked(own.columns, chosen, number, shape, stream, reader)
+            for count, content in in_order(partial(render, rendering), parts, processes):
                 write(content)
                 done += count
                 phase(done, len(chosen.rows))
             if stream.state() != own.states[number]:
                 raise changed(reader)
-
-
-def _picked(
-    columns: Columns, chosen: select.Chosen, source: int, shape: Shape, stream: sources.Stream, reader: Reader
-) -> Iterator[Picked]:
-    """The parts of a source that have rows to be written."""
-    import numpy as np
-
-    sizes = columns.sizes[source]
-    begins = sum(sum(each) for each in columns.sizes[:source])
-    edges = np.searchsorted(chosen.rows, begins + np.array([*starts(sizes), sum(sizes)]))
-    parts = zip(_again(stream, columns.bytes[source]), starts(sizes), sizes, edges, edges[1:], strict=False)
-    for (part, first), start, size, low, high in parts:
-        if low == high:
-            continue
-        rows = chosen.rows[low:high]
-        yield Picked(
-            part=part,
-            first=first,
-            size=size,
-            rows=(rows - begins - start).tolist(),
-            turned=chosen.turned[low:high].tolist(),
-            spliceable=((columns.marks[rows] & IS_SPLICEABLE) * (shape == "text")).astype(bool).tolist(),
-            ids=select.identities(columns.hashes[rows]).tolist(),
-            topics=[columns.names[topic] for topic in columns.topics[rows]],
-        )
-
-
-def _again(stream: sources.Stream, sizes: Sequence[int]) -> Iterator[tuple[Part | Stretch, int]]:
-    """The parts of a source once more, by where they stand where that is enough."""
-    if [kind_of(path) for path, _ in stream.files] != [(".jsonl", "")]:
-        yield from jobs(stream)
-        return
-    ((path, name),) = stream.files
-    for start, size in zip(starts(sizes), sizes, strict=True):
-        yield Stretch(path, name, start, size), 0
-
-
-def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
-    """(how many rows, their lines as bytes or an Arrow record batch). Raises DataError for a part that has changed."""
-    if isinstance(picked.part, Stretch):
-        picked = replace(picked, part=picked.part.text())
-    lines = _lines(picked) if any(picked.spliceable) and rendering.suffix != ".parquet" else None
-    written: list[Any] = [None] * len(picked.rows)
-    if lines is not None:
-        swapped = rendering.reader.direction == "swapped"
-        tails = {topic: _tail(topic, rendering.source) for topic in set(picked.topics)}
-        for index, row in enumerate(picked.rows):
-            if picked.spliceable[index]:
-                line = _spliced(lines[row], picked.turned[index] != swapped)
-                written[index] = line and b'%s, "id": "%016x"%s' % (
-                    line,
-                    picked.ids[index],
-                    tails[picked.topics[index]],
-                )
-    missing = [index for index, line in enumerate(written) if line is None]
-    if missing:
-        for index, made in zip(missing, _made(rendering, picked, missing), strict=True):
-            written[index] = (
-                made if rendering.suffix == ".parquet" else json.dumps(made, ensure_ascii=False).encode() + b"\n"
-            )
-    return len(written), _packed(written, rendering)
-
-
-def _lines(picked: Picked) -> list[bytes] | None:
-    """The part's lines, where each is a row of the data set; None where they have to be parsed to tell."""
-    if not isinstance(picked.part, TextPart):
-        return None
-    body = picked.part.body.removeprefix(b"\xef\xbb\xbf") if picked.part.line == 1 else picked.part.body
-    lines = [line for line in body.split(b"\n") if line and not line.isspace()]
-    return lines if len(lines) == picked.size else None
-
-
-def _spliced(line: bytes, turned: bool) -> bytes | None:
-    """A row's line up to its last brace, its answers changed about where asked; None where it is written in an uncommon way."""
-    line = line.strip()
-    if turned:
-        line, count = KEY.subn(lambda found: OTHER_KEY[found[1]], line)
-        if count != 2:
-            return None
-    return line[:-1].rstrip() if line.startswith(b"{") and line.endswith(b"}") else None
-
-
-def _tail(topic: str, source: str) -> bytes:
-    return json.dumps({"topic": topic, "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1) + b"\n"
-
-
-def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Rows that are put together from what was parsed."""
-    assert not isinstance(picked.part, Stretch)
-    whole = rendering.reader.table(picked.part, picked.first)
-    if len(whole.rows) != picked.size:
-        raise changed(rendering.reader)
-    rows = [whole.rows[picked.rows[index]] for index in missing]
-    lines = tuple(whole.lines[picked.rows[index]] for index in missing) if whole.lines else None
-    table = Table(whole.columns, rows, whole.name, "", lines=lines)
-    for index, row, (prompt, one, two) in zip(missing, rows, rendering.reader.texts(table), strict=True):
-        own = row.get("id")
-        chosen, rejected = (two, one) if picked.turned[index] else (one, two)
-        yield {
-            **_shaped(prompt, chosen, rejected, rendering.shape),
-            "id": f"{picked.ids[index]:016x}" if own in (None, "") else sound(str(own)),
-            "topic": picked.topics[index],
-            "source": rendering.source,
-        }
-
-
-def _shaped(prompt: Sequence[Message], chosen: str, rejected: str, shape: Shape) -> dict[str, Any]:
-    if shape == "text":
-        return {"prompt": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
-    answers = {"chosen": chosen, "rejected": rejected}
-    return {"prompt": list(prompt)} | {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
-
-
-def _packed(written: list[Any], rendering: Rendering) -> Any:
-    if rendering.suffix == ".parquet":
-        import pyarrow
-
-        return pyarrow.RecordBatch.from_pylist(written, schema=_schema(rendering.shape))
-    content = b"".join(written)
-    return gzip.compress(content, mtime=0) if rendering.suffix == ".jsonl.gz" else content
-
-
-def _schema(shape: Shape) -> Any:
-    import pyarrow
-
-    text = pyarrow.string()
-    turns = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])) if shape == "messages" else text
-    of_text = [(name, turns) for name in ("prompt", "chosen", "rejected")]
-    return pyarrow.schema([*of_text, ("id", text), ("topic", text), ("source", text)])
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
-def _suffix(output: Path) -> str:
-    return next((suffix for suffix in reversed(SUFFIXES) if output.name.endswith(suffix)), "")
-
-
-@contextlib.contextmanager
-def _writer(draft: Path, suffix: str, shape: Shape) -> Iterator[Callable[[Any], None]]:
-    """Takes what `render` gives; the file is on the disk when the block ends."""
-    with draft.open("wb") as file:
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            with parquet.ParquetWriter(file, _schema(shape), compression="zstd") as writer:
-                yield writer.write_batch
-        else:
-            yield lambda content: _write_all(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_all(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
-
-
-@contextlib.contextmanager
-def _draft(output: Path, replaces: bool) -> Iterator[Path]:
-    """A hidden file beside the output, this build's alone while the block runs, and gone after it unless it was renamed.
-
-    Its lock is the kernel's and goes with the process that has it: what a killed build left is taken over.
-
-    Raises:
-        OutputError: the output is not ours to replace, another build is at work on it, or it cannot be written.
-    """
-    draft = output.with_name(f".{output.name}.draft")
-    _check_name(output)
-    if not replaces:
-        _check_is_ours(output, draft)
-    with _disk_errors(output):
-        handle = _locked_file(draft, output)
-        _remove_leftovers(output)
-    try:
-        yield draft
-    finally:
-        with contextlib.suppress(OSError):
-            if _is_still(draft, handle):
-                draft.unlink()
-        os.close(handle)
-
-
-class InUse(OutputError):
-    """Another build of the same file is at work."""
-
-
-def _locked_file(draft: Path, output: Path) -> int:
-    while True:
-        handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        if not locked(handle, output.parent):
-            os.close(handle)
-            raise InUse(f"another build of {safe(output)} is at work", fix="wait for it to end, or name another file")
-        if _is_still(draft, handle):
-            return handle
-        os.close(handle)  # renamed or removed between the opening and the lock: no draft any more
-
-
-def _remove_leftovers(output: Path) -> None:
-    """What a build left that was killed while it wrote manifest or card."""
-    begins = "|".join(re.escape(_beside(output, suffix).name) for suffix in (MANIFEST, CARD))
-    name = re.compile(rf"\.({begins})-[a-z0-9_]{{8}}")  # as tempfile ends them
-    for path in output.parent.iterdir():
-        if name.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def _is_still(draft: Path, handle: int) -> bool:
-    try:
-        found = draft.stat()
-    except FileNotFoundError:
-        return False
-    return (found.st_dev, found.st_ino) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
-
-
-def _check_name(output: Path) -> None:
-    if not _suffix(output):
-        raise OutputError(
-            f"{safe(output.name)} is no name of a data set", where="--output", fix=f"end it in {', '.join(SUFFIXES)}"
-        )
-    if output.is_dir() or not output.parent.is_dir():
-        what = "is a directory" if output.is_dir() else "lies in a directory that does not exist"
-        raise OutputError(f"{safe(output)} {what}", where="--output")
-
-
-def _check_is_ours(output: Path, draft: Path) -> None:
-    """Whether whatever is there was made by this command and is as it was made; a killed build may have left it as a draft."""
-    papers = [_beside(output, suffix) for suffix in (MANIFEST, CARD)]
-    manifest = read_json(papers[0])
-    made = manifest if manifest and manifest.get("made_by") == MADE_BY else None
-    there = [path for path in (output, *papers) if path.exists()]
-    if made is None:
-        if not there:
-            return
-        why = f"it has no {MANIFEST} of a former build beside it"
-    elif output.exists() and made.get("sha256") not in [sha256_of(path) for path in (output, draft) if path.is_file()]:
-        why = "it was changed after it was built: its sha256 is not that of its manifest"
-    else:
-        return
-    raise OutputError(f"{safe(there[0])} exists", why=why, fix="name another file with -o")
-
-
-def _beside(output: Path, suffix: str) -> Path:
-    return output.with_name(output.name + suffix)
-
-
-def _refuse_source(output: Path, paths: Sequence[Path]) -> None:
-    if any(path.exists() and output.exists() and path.samefile(output) for path in paths):
-        raise OutputError(f"{safe(output)} is one of the recipe's sources", fix="name another file with -o")
-
-
-@contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {safe(output)}", why=error.strerror or safe(error), fix="free some space, or name another file with -o"
-        ) from error  # fmt: skip
-
-
-def _publish(draft: Path, output: Path, built: Built) -> None:
-    """Manifest and card first: a build that is killed before the last rename is done again over them."""
-    papers = {_beside(output, MANIFEST): _manifest(built), _beside(output, CARD): card.data_card(built)}
-    new = [path for path in papers if not path.exists()]
-    try:
-        for path, text in papers.items():
-            write_whole(path, text)
-        draft.replace(output)
-    except BaseException:
-        if not output.exists():
-            for path in new:
-                path.unlink(missing_ok=True)
-        raise
-    sync(output.parent)
-
-
-def _manifest(built: Built) -> str:
-    return json.dumps({"made_by": MADE_BY, **asdict(built)}, indent=2, ensure_ascii=False) + "\n"
 
 
 # --- for a run -------------------------------------------------------------------------------------------------------
@@ -699,7 +361,7 @@ def cached(recipe: Recipe, *, offline: bool = False) -> tuple[Path, Mapping[str,
         raise OutputError("there is no home directory to keep the data in", fix="set POLITUNE_CACHE to a directory")
     folder = directory / FOLDER / _key(recipe, offline)
     output = folder / "rows.jsonl"
-    with _disk_errors(output):
+    with disk_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
     while (manifest := sources.built_manifest(output)) is None:
         try:

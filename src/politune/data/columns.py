@@ -5,7 +5,6 @@ another number of processes, are chosen alike.
 """
 
 import hashlib
-import json
 import re
 import signal
 from collections import Counter
@@ -17,11 +16,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.config import Recipe, SourceSpec
-from politune.data.files import Part, RowsPart, TextPart
+from politune.data.files import Part, TextPart
 from politune.data.format import STANCE, Message, Table, read_pairs
 from politune.data.languages import languages_of
 from politune.data.neighbours import shingles, sketch
 from politune.data.sources import Membership, Stream, hash_row
+from politune.data.texts import count_words, hash_texts, prompt_text, whole_text
 from politune.data.workers import in_order, no_collection
 from politune.errors import ConfigError, DataError, safe
 
@@ -41,8 +41,6 @@ IS_SPLICEABLE, IS_CONVERSATION = 1, 2
 """Marks of a row: a line that holds prompt, chosen and rejected as texts and nothing else; a prompt of several turns."""
 
 Texts: TypeAlias = tuple[tuple[Message, ...], str, str]
-Job: TypeAlias = tuple[Part, int]
-"""A part, and how many rows come before it where it has no lines."""
 
 
 class _TooSlow(Exception):
@@ -77,20 +75,16 @@ class Reader:
         rules, sketches = (*drop, *keep), recipe.filter.near_duplicates
         return cls(label, stream.membership, source.direction, recipe.unit, rules, topics, sketches)
 
-    def table(self, part: Part, first: int) -> Table:
+    def table(self, part: Part) -> Table:
         """The part's rows that belong to the data set, the others counted.
 
         Raises:
             DataError: as of `files.TextPart.read`.
         """
         read = part.read()
-        rows, lines = read.rows, read.lines
-        others = 0
-        members = [index for index, row in enumerate(rows) if self.membership.holds(row, read.columns)]
-        if len(members) < len(rows):
-            others, rows = len(rows) - len(members), [rows[index] for index in members]
-            lines = tuple(lines[index] for index in members) if lines else None
-        return Table(read.columns, rows, self.label, "", lines=lines, other_splits=others, first=first)
+        own = read.only(self.membership.members(read))
+        others = len(read.rows) - len(own.rows)
+        return Table(own.columns, own.rows, part.name, "", lines=own.lines, other_splits=others, first=part.first)
 
     def texts(self, table: Table) -> list[Texts]:
         """Prompt, chosen and rejected of each row, with the sides as the source's direction fixes them.
@@ -146,16 +140,16 @@ class Measured:
     size: int
 
 
-def measure(reader: Reader, job: Job) -> Measured:
+def measure(reader: Reader, part: Part) -> Measured:
     """The figures of a part. Raises as `Reader.table` and `Reader.texts`; ConfigError for a pattern that comes to no end."""
     with no_collection():
-        return _measured(reader, *job)
+        return _measured(reader, part)
 
 
-def _measured(reader: Reader, part: Part, first: int) -> Measured:
+def _measured(reader: Reader, part: Part) -> Measured:
     import numpy as np
 
-    table = reader.table(part, first)
+    table = reader.table(part)
     texts = reader.texts(table)
     topics, verdicts = _matched(reader, table, texts)
     number: dict[str, int] = {}
@@ -165,37 +159,31 @@ def _measured(reader: Reader, part: Part, first: int) -> Measured:
         rows=rows,
         others=table.other_splits,
         heeds_split=reader.membership.heeds(table.columns),
-        hashes=np.frombuffer(b"".join(map(_hashes, texts)), "<u8").reshape(rows, 3),
+        hashes=_hashes(texts),
         lengths=np.array([_lengths(reader.unit, each) for each in texts], np.uint32).reshape(rows, 3),
         topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
         names=tuple(number),
         verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint16),
         marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
-        bands=sketch(list(map(whole_text, texts))) if reader.sketches else np.empty((rows, 0), np.uint32),
+        bands=sketch([_whole(each) for each in texts]) if reader.sketches else np.empty((rows, 0), np.uint32),
         generators=Counter(str(row["generator"]) for row in table.rows if row.get("generator")),
         of_rows=b"".join(map(hash_row, table.rows)),
         size=len(part.body) if isinstance(part, TextPart) else 0,
     )
 
 
-def whole_text(texts: Texts) -> str:
+def _whole(texts: Texts) -> str:
     """What a row is compared with others by, the same whichever answer is the chosen one."""
     prompt, *answers = texts
-    return "\n".join([*(turn["content"] for turn in prompt), *sorted(answers)])
+    return whole_text(prompt, *sorted(answers))
 
 
-def _hashes(texts: Texts) -> bytes:
-    prompt, chosen, rejected = texts
-    said = prompt[0]["content"].strip() if len(prompt) == 1 and prompt[0]["role"] == "user" else _turns(prompt)
-    return _hash(said) + _hash(chosen) + _hash(rejected)
+def _hashes(texts: Sequence[Texts]) -> "NDArray[Any]":
+    import numpy as np
 
-
-def _turns(prompt: Sequence[Message]) -> str:
-    return json.dumps([[turn["role"], turn["content"].strip()] for turn in prompt])
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+    prompts = hash_texts(prompt_text(prompt) for prompt, _, _ in texts)
+    chosen, rejected = hash_texts(one for _, one, _ in texts), hash_texts(two for _, _, two in texts)
+    return np.array([prompts, chosen, rejected], np.uint64).T
 
 
 def _lengths(unit: str, texts: Texts) -> tuple[int, int, int]:
@@ -203,17 +191,6 @@ def _lengths(unit: str, texts: Texts) -> tuple[int, int, int]:
     if unit == "words":
         return sum(count_words(turn["content"]) for turn in prompt), count_words(chosen), count_words(rejected)
     return sum(len(turn["content"]) for turn in prompt), len(chosen), len(rejected)
-
-
-def count_words(text: str) -> int:
-    """`len(text.split())`, in a third of the time where the text is ASCII: words begin where something follows white space."""
-    if not text.isascii():
-        return len(text.split())
-    marked = text.encode().translate(_WHITE_OR_NOT)
-    return marked.count(b" x") + marked.startswith(b"x")
-
-
-_WHITE_OR_NOT = bytes(ord(" ") if chr(code).isspace() else ord("x") for code in range(256))
 
 
 def _verdict(texts: Texts, by_rule: int) -> int:
@@ -282,7 +259,7 @@ def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
     """Of each row, where a rule asks for it: a tenth of a millisecond and more for each."""
     if not any(field == "language" for field, _, _ in reader.rules):
         return [""] * len(texts)
-    return languages_of([whole_text(each) for each in texts])
+    return languages_of([_whole(each) for each in texts])
 
 
 def _own_topic(row: dict[str, object]) -> str:
@@ -379,7 +356,7 @@ def read_columns(
     for reader, stream in zip(readers, streams, strict=True):
         digest, others, sizes, lengths, has_splits = hashlib.sha256(), 0, [], [], False
         generators = Counter[str]()
-        for part in in_order(partial(measure, reader), jobs(stream), processes):
+        for part in in_order(partial(measure, reader), stream.parts(), processes):
             numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
             topics = numbers[part.topics] if part.rows else part.topics
             for key, piece in pieces.items():
@@ -413,14 +390,6 @@ def _numbered(names: dict[str, int], name: str) -> int:
     return names.setdefault(name, len(names))
 
 
-def jobs(stream: Stream) -> Iterator[Job]:
-    """The parts of a source as they travel to other processes."""
-    first = 0
-    for part in stream.parts():
-        yield part, first
-        first += len(part.rows.rows) if isinstance(part, RowsPart) else 0
-
-
 def changed(reader: Reader) -> DataError:
     """The error of a source that is another one at its second reading."""
     return DataError("changed while it was read", where=safe(reader.label, None), fix="run the same command again")
@@ -433,7 +402,7 @@ def starts(sizes: Sequence[int]) -> list[int]:
 
 def wanted_rows(
     stream: Stream, sizes: Sequence[int], begins: int, wanted: "NDArray[Any]"
-) -> Iterator[tuple[Job, list[int], int]]:
+) -> Iterator[tuple[Part, list[int], int]]:
     """(a part, the numbers of its rows that are wanted, the number of its first row), of the parts that have any.
 
     Args:
@@ -442,16 +411,16 @@ def wanted_rows(
     """
     import numpy as np
 
-    for job, start, size in zip(jobs(stream), starts(sizes), sizes, strict=False):
+    for part, start, size in zip(stream.parts(), starts(sizes), sizes, strict=False):
         low, high = np.searchsorted(wanted, (begins + start, begins + start + size))
         if low < high:
-            yield job, wanted[low:high].tolist(), begins + start
+            yield part, wanted[low:high].tolist(), begins + start
 
 
-def shingles_of(reader: Reader, wanted: tuple[Job, list[int], int]) -> tuple[list[int], list[Any]]:
+def shingles_of(reader: Reader, wanted: tuple[Part, list[int], int]) -> tuple[list[int], list[Any]]:
     """(the numbers of the wanted rows of a part, the runs that near-duplicates are told by)."""
-    (part, first), numbers, start = wanted
-    texts = reader.texts(reader.table(part, first))
+    part, numbers, start = wanted
+    texts = reader.texts(reader.table(part))
     if numbers[-1] - start >= len(texts):
         raise changed(reader)
-    return numbers, shingles([whole_text(texts[number - start]) for number in numbers])
+    return numbers, shingles([_whole(texts[number - start]) for number in numbers])

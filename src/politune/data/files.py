@@ -47,6 +47,11 @@ class Read:
     rows: list[dict[str, object]]
     lines: tuple[int, ...] | None = None
 
+    def only(self, numbers: Sequence[int]) -> "Read":
+        """The rows with these numbers, from 0. Raises IndexError where there is no such row."""
+        lines = tuple(self.lines[number] for number in numbers) if self.lines else None
+        return Read(self.columns, [self.rows[number] for number in numbers], lines)
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -130,9 +135,7 @@ class RowsPart:
         Raises:
             IndexError: there is no such row in the part.
         """
-        rows, lines = self.rows.rows, self.rows.lines
-        picked = tuple(lines[place] for place in places) if lines else None
-        return Read(self.rows.columns, [rows[place] for place in places], picked)
+        return self.rows.only(places)
 
 
 Part: TypeAlias = TextPart | RowsPart

@@ -60,7 +60,7 @@ def load(path: Path) -> tuple[Index, "NDArray[np.bool_]"]:
 
 
 def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Index:
-    """An index of texts, which come some at a time: hashes of their prompts, as `scan.hash_texts` makes them, and the texts."""
+    """An index of texts, which come some at a time: hashes of their prompts, as `texts.hash_texts` makes them, and the texts."""
     import numpy as np
 
     asked: list[NDArray[np.uint64]] = []

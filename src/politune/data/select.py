@@ -9,10 +9,9 @@ Where a part of the rows is to be like the whole, the k-th of a group's n rows s
 where they stand: any first so many of them hold every group in its share, to within one row, and the first of fewer are among the
 first of more. u is 1/2; among many small groups it is a hash of the group's name, or those of one row would all stand in the
 middle. Ties go by group before rank: how many rows of each group are taken follows from the groups' names and sizes alone. Where
-there are many topics, each with both sides, what one of them rounds up the next ones round down (`_dealt`).
+there are many topics, each with both sides, what one of them rounds up the next ones round down (`places.dealt`).
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from politune.config import PLACEBOS, Recipe
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
 from politune.data.neighbours import candidates
+from politune.data.places import counted, dealt, means, numbered, places, ranks_of
 from politune.data.words import mixed
 from politune.errors import DataError, safe
 
@@ -83,7 +83,7 @@ class Selection:
         # Twins number their topics alike.
         self.topics = np.array([topic_numbers[name] for name in columns.names], np.int64)[columns.topics]
         self.cells = np.zeros(columns.rows, np.int64)
-        self.ranks = _ranks(columns.hashes, recipe.seed)
+        self.ranks = ranks_of(columns.hashes, recipe.seed)
         self.facing = np.ones(len(recipe.source), np.int64)
 
     def face(self) -> None:
@@ -163,7 +163,7 @@ class Selection:
     def places(self, *groups: "NDArray[Any]") -> "NDArray[Any]":
         """Each row's place within its group, in which sizes of difference and twins' strata come evenly."""
         fine = self.cells[self.rows] * SPAN + self.sizes
-        return places(_numbered(*groups), fine, self.ranks[self.rows], scattered=True)
+        return places(numbered(*groups), fine, self.ranks[self.rows], scattered=True)
 
     def even_places(self, turned: "NDArray[Any] | None" = None) -> "NDArray[Any]":
         """Each row's place within its source, in which turned rows, topics (where they are balanced) and sides come evenly."""
@@ -171,25 +171,25 @@ class Selection:
 
         halves = np.zeros(len(self.rows), np.int64) if turned is None else turned.astype(np.int64)
         sources, sides = self.sources, self.sides
-        cells = _numbered(sources, halves, self.strata)
+        cells = numbered(sources, halves, self.strata)
         of_side = self.places(cells, sides)
         is_dealt = self.recipe.balance.topics
-        of_cell = _counted(np.argsort(cells, kind="stable"), cells) if is_dealt else places(cells, sides, of_side)
-        of_half = places(_numbered(sources, halves), self.strata, of_cell)
-        place = places(_numbered(sources), halves, of_half)
+        of_cell = counted(np.argsort(cells, kind="stable"), cells) if is_dealt else places(cells, sides, of_side)
+        of_half = places(numbered(sources, halves), self.strata, of_cell)
+        place = places(numbered(sources), halves, of_half)
         if not is_dealt:
             return place
         order = np.lexsort((place, sources))
         after = np.where(halves, -sides, sides)
         targets = np.where(
-            np.isin(sources, sources[halves > 0]), _means(sources, after)[sources], _targets(self, sources)
+            np.isin(sources, sources[halves > 0]), means(sources, after)[sources], _targets(self, sources)
         )
-        rows = _dealt(cells, after, of_side, sources, order, targets)
+        rows = dealt(cells, after, of_side, sources, order, targets)
         # Among the topics that stand at one place the order is free: the last rows of all, whose sides are given, need it.
         stands = (of_cell[order] + 0.5) / np.bincount(cells)[cells[order]]
-        rounds = _numbered(sources[order], halves[order], stands)
+        rounds = numbered(sources[order], halves[order], stands)
         slots = np.arange(len(rows))
-        rows = rows[_dealt(rounds, after[rows], slots, sources[order], slots, targets[order])]
+        rows = rows[dealt(rounds, after[rows], slots, sources[order], slots, targets[order])]
         found = np.empty_like(place)
         found[rows] = place[order]
         return found
@@ -240,130 +240,6 @@ def _bins(lengths: "NDArray[Any]") -> "NDArray[Any]":
     import numpy as np
 
     return np.searchsorted(np.array(BIN_EDGES), lengths, side="right")
-
-
-# --- ranks and places ------------------------------------------------------------------------------------------------
-
-
-def _ranks(hashes: "NDArray[Any]", seed: int, purpose: str = "") -> "NDArray[Any]":
-    """[rows] uint64, the same for a row and for the one with its answers changed about."""
-    import numpy as np
-
-    salt = int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=8).digest(), "little")
-    return mixed(identities(hashes) ^ np.uint64(salt))
-
-
-def identities(hashes: "NDArray[Any]") -> "NDArray[Any]":
-    """Of a row and of the one with its answers changed about, uint64 [rows]."""
-    found: NDArray[Any] = mixed(hashes[:, 0]) ^ mixed(mixed(hashes[:, 1]) + mixed(hashes[:, 2]))
-    return found
-
-
-def _ordered(hashes: "NDArray[Any]", first: int, second: int) -> "NDArray[Any]":
-    """Of a row with one of its answers first and the other second, uint64 [rows]."""
-    import numpy as np
-
-    return mixed(mixed(hashes[:, 0]) ^ (mixed(hashes[:, first]) + mixed(hashes[:, second]) * np.uint64(3)))
-
-
-def _numbered(*groups: "NDArray[Any]") -> "NDArray[Any]":
-    """One number per combination, in the order of the first, then the second."""
-    import numpy as np
-
-    number = np.zeros(len(groups[0]), np.int64)
-    for group in groups:
-        found, index = np.unique(group, return_inverse=True)
-        number = number * max(1, len(found)) + index
-    return np.unique(number, return_inverse=True)[1]
-
-
-def places(
-    groups: "NDArray[Any]", cells: "NDArray[Any]", ranks: "NDArray[Any]", *, scattered: bool = False
-) -> "NDArray[Any]":
-    """Each row's place within its group, from 0, in an order in which the cells come evenly and each by rank.
-
-    Args:
-        groups: [rows], small numbers
-        cells: [rows]
-        ranks: [rows]
-        scattered: u is a hash of the cell, in place of 1/2.
-    """
-    import numpy as np
-
-    inner = _numbered(groups, cells)
-    within = _counted(np.lexsort((ranks, inner)), inner)
-    if len(groups) and inner.max() == groups.max():  # each group is one cell
-        return within
-    start = mixed(mixed(cells.astype(np.uint64))) / 2.0**64 if scattered else 0.5
-    stands = (within + start) / np.bincount(inner)[inner]
-    return _counted(np.lexsort((ranks, inner, stands, groups)), groups)
-
-
-def _means(groups: "NDArray[Any]", sides: "NDArray[Any]") -> "NDArray[Any]":
-    """The mean side of every group, [groups]."""
-    import numpy as np
-
-    found: NDArray[Any] = np.bincount(groups, sides) / np.maximum(1, np.bincount(groups))
-    return found
-
-
-def _dealt(
-    cells: "NDArray[Any]",
-    sides: "NDArray[Any]",
-    ranks: "NDArray[Any]",
-    sources: "NDArray[Any]",
-    slots: "NDArray[Any]",
-    targets: "NDArray[Any]",
-) -> "NDArray[Any]":
-    """The row that each slot takes: of its cell, and of that side which keeps all rows so far nearest to the targets' mean.
-
-    The sum of what is taken stays within one row (two units of a side) of the targets', as long as the cells have both sides;
-    within that, each cell takes its own sides evenly.
-
-    Args:
-        cells, sides, ranks, sources: of each row.
-        slots: rows in whose stead one of the same cell is taken, source by source.
-        targets: the mean side that the rows of a slot's source are to have, [rows].
-    """
-    import numpy as np
-
-    kinds = cells * 3 + sides + 1
-    counts = np.bincount(kinds, minlength=3 * (int(cells.max()) + 1)).reshape(-1, 3)
-    shares = (counts / np.maximum(1, counts.sum(1, keepdims=True))).tolist()
-    begins, piles = (np.cumsum(counts) - counts.ravel()).tolist(), counts.tolist()
-    taken = [[0, 0, 0] for _ in piles]
-    picked, before, off = [], -1, 0.0
-    for cell, source, target in zip(
-        cells[slots].tolist(), sources[slots].tolist(), targets[slots].tolist(), strict=True
-    ):
-        if source != before:
-            before, off = source, 0.0
-        off += target
-        pile, own, share = piles[cell], taken[cell], shares[cell]
-        count = own[0] + own[1] + own[2] + 1
-        best, least = -1, 0.0
-        for kind in (0, 1, 2):
-            if own[kind] < pile[kind]:
-                rest = off - kind + 1
-                cost = rest * rest / 2 - share[kind] * count + own[kind]
-                if best < 0 or cost < least - 1e-9:
-                    best, least = kind, cost
-        picked.append(begins[cell * 3 + best] + own[best])
-        own[best] += 1
-        off -= best - 1
-    found: NDArray[Any] = np.lexsort((ranks, kinds))[picked]
-    return found
-
-
-def _counted(order: "NDArray[Any]", groups: "NDArray[Any]") -> "NDArray[Any]":
-    """Each row's place among those of its group, which an order has side by side."""
-    import numpy as np
-
-    sizes = np.bincount(groups) if len(groups) else np.zeros(1, np.int64)
-    first = np.cumsum(sizes) - sizes
-    found = np.empty(len(groups), np.int64)
-    found[order] = np.arange(len(groups)) - first[groups[order]]
-    return found
 
 
 # --- filter ----------------------------------------------------------------------------------------------------------
@@ -433,6 +309,13 @@ def _one_of_each_group(each: Selection) -> "NDArray[Any]":
     )
 
 
+def _ordered(hashes: "NDArray[Any]", first: int, second: int) -> "NDArray[Any]":
+    """Of a row with one of its answers first and the other second, uint64 [rows]."""
+    import numpy as np
+
+    return mixed(mixed(hashes[:, 0]) ^ (mixed(hashes[:, first]) + mixed(hashes[:, second]) * np.uint64(3)))
+
+
 def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":
     """`np.isin` in less time and memory, for millions of numbers that differ."""
     import numpy as np
@@ -466,7 +349,7 @@ def _match(selections: Sequence[Selection], recipe: Recipe) -> None:
         where = np.searchsorted(shared, own).clip(0, max(0, len(shared) - 1))
         is_shared = np.isin(own, shared)
         room = fewest[where] if len(shared) else np.zeros(len(own), np.int64)
-        place = places(_numbered(own), own * 0, each.ranks[each.rows])
+        place = places(numbered(own), own * 0, each.ranks[each.rows])
         each.keep(is_shared & (place < room), "match", "without a partner in the twin")
 
 
@@ -527,7 +410,7 @@ def _balance_sides(each: Selection) -> None:
     if share is None:
         return
     signs = each.signs
-    strata = _numbered(each.strata, each.sizes)
+    strata = numbered(each.strata, each.sizes)
     counts = np.stack([np.bincount(strata[signs == sign], minlength=strata.max() + 1) for sign in (1, -1, 0)], 1)
     kept = np.zeros_like(counts)
     source_of = np.zeros(len(counts), np.int64)
@@ -545,18 +428,18 @@ def _balance_topics(each: Selection) -> None:
 
     if not each.recipe.balance.topics:
         return
-    strata = _numbered(each.strata)
+    strata = numbered(each.strata)
     sizes = np.bincount(strata)
     source_of = np.zeros(len(sizes), np.int64)
     source_of[strata] = each.sources
     fewest = np.full(source_of.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(fewest, source_of, sizes)
     room, sides, sources = fewest[source_of][strata], each.sides, each.sources
-    within = _counted(np.argsort(strata, kind="stable"), strata)
+    within = counted(np.argsort(strata, kind="stable"), strata)
     slots = np.flatnonzero(within < room)
     slots = slots[np.lexsort((strata[slots], within[slots], sources[slots]))]
     mask = np.zeros(len(strata), bool)
-    mask[_dealt(strata, sides, each.places(strata, sides), sources, slots, _targets(each, strata))] = True
+    mask[dealt(strata, sides, each.places(strata, sides), sources, slots, _targets(each, strata))] = True
     most = float(fewest[source_of].sum())
     each.keep(mask, "balance of topics", "too many of its topic in its source", most)
 
@@ -564,8 +447,8 @@ def _balance_topics(each: Selection) -> None:
 def _targets(each: Selection, groups: "NDArray[Any]") -> "NDArray[Any]":
     """The mean side that what is taken of a row's group is to have: the recipe's, where it says one, else the group's own."""
     if each.share is None:
-        means: NDArray[Any] = _means(groups, each.sides)[groups]
-        return means
+        own: NDArray[Any] = means(groups, each.sides)[groups]
+        return own
     # Rounded, so that the mirrored share of a mirrored file is the same number.
     found: NDArray[Any] = each.facing[each.sources] * round(2 * each.share - 1, 12)
     return found
@@ -629,7 +512,7 @@ def _turned(each: Selection) -> "NDArray[Any]":
     import numpy as np
 
     found = np.zeros(len(each.rows), bool)
-    ranks = _ranks(each.columns.hashes[each.rows], each.recipe.seed, "sides")
+    ranks = ranks_of(each.columns.hashes[each.rows], each.recipe.seed, "sides")
     signs = each.signs
     for number, source in enumerate(each.recipe.source):
         own = np.flatnonzero(each.sources == number)

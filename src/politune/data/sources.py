@@ -90,6 +90,10 @@ class Membership:
         """Whether a row belongs to it, of a part of a file with these columns; one that says no split is of `train`."""
         return (self.heeds_split != "always" and not self.heeds(columns)) or split_of(row) == self.split
 
+    def members(self, read: Read) -> list[int]:
+        """The numbers of the rows of a part that belong to it."""
+        return [number for number, row in enumerate(read.rows) if self.holds(row, read.columns)]
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -339,28 +343,24 @@ def _names_in(directory: Path) -> list[str]:
 
 def _members(source: Stream, read: Read) -> Table:
     """The table of the rows that belong to the data set, where the rows themselves say so."""
-    rows, lines, others = read.rows, read.lines, 0
-    heeded = source.membership.heeds(read.columns)
-    if heeded:
-        splits = [split_of(row) for row in rows]
-        keep = [index for index, split in enumerate(splits) if split == source.membership.split]
-        if not keep:
-            raise source.nothing_of(splits, read.columns)
-        others = len(rows) - len(keep)
-        rows, lines = [rows[index] for index in keep], tuple(lines[index] for index in keep) if lines else None
+    everything = read.rows
+    if source.membership.heeds(read.columns):
+        read = read.only(source.membership.members(read))
+        if not read.rows:
+            raise source.nothing_of(map(split_of, everything), read.columns)
     elif source.path and source.membership.split != "train":
         raise source.without_splits()
-    generator = source.generator or named_generators(str(row["generator"]) for row in rows if row.get("generator"))
+    generator = source.generator or named_generators(str(row["generator"]) for row in read.rows if row.get("generator"))
     return Table(
         read.columns,
-        rows,
+        read.rows,
         source.name,
-        hash_rows(rows),
+        hash_rows(read.rows),
         source.revision,
         source.path,
         generator,
-        lines,
-        others,
+        read.lines,
+        len(everything) - len(read.rows),
         direction=source.direction,
     )
 

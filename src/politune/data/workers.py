@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from politune.errors import MachineError
 
@@ -30,11 +30,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None = None) -> Iterator[R]:
+def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None = None) -> Generator[R]:
     """What `work` makes of each part, in their order, whatever the number of processes.
 
-    Parts are taken from the iterable as they are needed, a few ahead. What `work` raises is raised here when its part's turn has
-    come; the processes end with the block that reads the results, also where it is left early.
+    Where there are processes, they are at work on the first parts when this returns; others are taken from the iterable as they
+    are needed, a few ahead. What `work` raises is raised when its part's turn has come; the processes end with the results, or
+    when those are closed.
 
     Args:
         work: a function at module level, or a partial of one; it and the parts travel to other processes.
@@ -43,15 +44,24 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
     processes, parts = cores() if processes is None else processes, iter(parts)
     first = list(islice(parts, FEW))
     if processes == 1 or len(first) < FEW:
-        yield from map(work, chain(first, parts))
-        return
+        return (work(part) for part in chain(first, parts))
+    results = _by_processes(work, first, parts, processes)
+    next(results)
+    return results
+
+
+def _by_processes(work: Callable[[T], R], first: Sequence[T], parts: Iterator[T], processes: int) -> Generator[Any]:
+    """Nothing, when the first parts are under way; then the results."""
     # Not forked: libraries may have started threads by now, and a forked copy of them hangs.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_follow_the_first)
     waiting: deque[Future[R]] = deque()
     try:
-        for part in chain(first, parts):
-            with _interrupts_blocked():  # a process that is started now inherits that, until it has its own say
+        with _interrupts_blocked():  # a process that is started now inherits that, until it has its own say
+            waiting.extend(pool.submit(work, part) for part in first)
+        yield None
+        for part in parts:
+            with _interrupts_blocked():
                 waiting.append(pool.submit(work, part))
             if len(waiting) >= processes + AHEAD:
                 yield waiting.popleft().result()

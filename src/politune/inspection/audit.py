@@ -1,8 +1,9 @@
 """Figures of a data set, from its scan: what the checks judge and a report shows."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,11 @@ def _measure(
     sample = [each.row for each in facts.sample]
     encoded = encode(sample, tokenizer) if tokenizer is not None else []
     in_tokens = [[len(item.prompt_ids), *map(len, item.completions)] for item in encoded]
-    keys, firsts = distinct(scan)
-    similar = find_similar(scan, firsts)
-    (names, are_named), (usable, forensics), (languages, two) = _look_closely(facts.sample)
+    # By other processes, where there are any, while this one compares.
+    with contextlib.closing(_look_closely(facts.sample)) as closely:
+        keys, firsts = distinct(scan)
+        similar = find_similar(scan, firsts)
+        (names, are_named), (usable, forensics), (languages, two) = closely
     generator = scan.source.generator or named_generators(facts.generators.elements())
     return DataAudit(
         name=scan.source.name,
@@ -113,7 +116,7 @@ def _measure(
     )
 
 
-def _look_closely(sample: Sequence[Sampled]) -> list[Any]:
+def _look_closely(sample: Sequence[Sampled]) -> Generator[Any]:
     """(topics, and whether the rows name them), (usable rows, forensics), (languages, rows with two): each in a process of its
     own, where there is enough to do."""
     rows = [each.row for each in sample]
@@ -124,7 +127,7 @@ def _look_closely(sample: Sequence[Sampled]) -> list[Any]:
         (_examine, (rows,)),
         (_languages, (rows[:LANGUAGE_ROWS],)),
     ]
-    return list(in_order(_call, tasks, 1 if len(sample) < ROWS_WORTH_A_PROCESS else None))
+    return in_order(_call, tasks, 1 if len(sample) < ROWS_WORTH_A_PROCESS else None)
 
 
 def _call(task: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:

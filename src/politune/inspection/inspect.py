@@ -10,6 +10,7 @@ from politune.config import SHIPPED_DATA, DataSpec, Run
 from politune.data import build, leaks, sources
 from politune.data import format as rows_format
 from politune.data.files import Part, no_rows
+from politune.data.texts import hash_texts, prompt_text
 from politune.data.workers import in_order
 from politune.errors import ConfigError, DataError, PolituneError, safe
 from politune.inspection import arms, audit, scan
@@ -190,14 +191,14 @@ def _index(name: str, number: int, place: Path, offline: bool) -> tuple[Path, le
 def _of_instrument(name: str) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     for item in instruments.load(name).items:
         prompts = getattr(item, "prompts", ()) or (getattr(item, "prompt", ""),)
-        yield scan.hash_texts(prompt.strip() for prompt in prompts if prompt), instruments.texts_of(item)
+        yield hash_texts(prompt.strip() for prompt in prompts if prompt), instruments.texts_of(item)
 
 
 def _of_data(name: str, offline: bool) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     """All rows of the data set, of whichever split."""
     source = sources.stream(DataSpec(dataset_name=name, direction="left"), offline=offline, all_texts=True)
     for prompts, texts in in_order(_texts_of, source.parts()):
-        yield scan.hash_texts(prompts), texts
+        yield hash_texts(prompts), texts
 
 
 def _texts_of(part: Part) -> tuple[list[str], list[str]]:
@@ -211,7 +212,7 @@ def _texts_of(part: Part) -> tuple[list[str], list[str]]:
     methods = rows_format.methods_of(table)
     rows = [row for method in methods for row in scan.readable(method, table, "left", seed=0)]
     asked = [scan.last_turn(row) for row in rows]
-    prompts = [text for text in (*map(scan.prompt_text, rows), *asked) if text]
+    prompts = [text for text in (*(prompt_text(row.prompt) for row in rows), *asked) if text]
     if not methods or len(rows) < len(methods) * len(read.rows):
         prompts += [text.strip() for text in texts]
     return prompts, [*texts, *asked]  # what is asked may be put together of several columns

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from politune.data.neighbours import THRESHOLD, candidates, shingles, similarity
+from politune.data.texts import whole_text
 from politune.data.words import mixed
-from politune.inspection.scan import Scan, row_keys, rows_by_part, whole_text
+from politune.inspection.scan import Scan, row_keys, rows_by_part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,5 +87,5 @@ def _shingles_at(scan: Scan, pairs: "NDArray[np.int64]") -> dict[int, Any]:
 
     found: dict[int, Any] = {}
     for rows in rows_by_part(scan, np.unique(pairs).tolist()):
-        found |= zip(rows, shingles([whole_text(row) for row in rows.values()]), strict=True)
+        found |= zip(rows, shingles([whole_text(row.prompt, *row.completions) for row in rows.values()]), strict=True)
     return found

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.data import format as rows_format
 from politune.data import leaks, neighbours
-from politune.data.columns import count_words
 from politune.data.files import Part, no_rows
-from politune.data.format import ChatRow, Method, PreferenceRow, Table, prompt_key, split_of
+from politune.data.format import ChatRow, Method, PreferenceRow, Table, split_of
 from politune.data.sources import Membership, Stream, hash_row
+from politune.data.texts import count_words, hash_texts, prompt_text, turns_text, whole_text
 from politune.data.words import mixed
 from politune.data.workers import in_order, no_collection
 from politune.errors import DataError, is_hidden, safe
@@ -276,17 +276,10 @@ def _label(row: dict[str, object], column: str) -> str:
 def _table(settings: Settings, part: Part) -> tuple[Table, list[int], Table]:
     """(the rows of the split, the place of each in the part, the rows of other splits)."""
     read = part.read()
-    rows, lines = read.rows, read.lines
-    others: list[dict[str, object]] = []
-    places = list(part.places(read))
-    belongs = [settings.membership.holds(row, read.columns) for row in rows]
-    if not all(belongs):
-        keep = [index for index, held in enumerate(belongs) if held]
-        others = [row for row, held in zip(rows, belongs, strict=True) if not held]
-        rows, places = [rows[index] for index in keep], [places[index] for index in keep]
-        lines = tuple(lines[index] for index in keep) if lines else None
-    table = Table(read.columns, rows, part.name, "", lines=lines, first=part.first)
-    return table, places, Table(read.columns, others, part.name, "")
+    places, members = part.places(read), settings.membership.members(read)
+    own, others = read.only(members), read.only(sorted(set(range(len(read.rows))).difference(members)))
+    table = Table(own.columns, own.rows, part.name, "", lines=own.lines, first=part.first)
+    return table, [places[number] for number in members], Table(read.columns, others.rows, part.name, "")
 
 
 def _parse(
@@ -302,7 +295,7 @@ def _prompts_of(settings: Settings, others: Table) -> "NDArray[np.uint64]":
     import numpy as np
 
     rows = readable(settings.method, others, settings.direction, settings.seed)
-    return np.unique(np.array(hash_texts(map(prompt_text, rows)), np.uint64))
+    return np.unique(np.array(hash_texts(prompt_text(row.prompt) for row in rows), np.uint64))
 
 
 def readable(method: Method, table: Table, direction: str | None, seed: int) -> Sequence[AnyRow]:
@@ -322,10 +315,10 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
     import numpy as np
 
     sides = len(rows[0].completions)
-    prompts = [_all_turns(row) for row in rows]
+    prompts = [turns_text(row.prompt) for row in rows]
     texts = [prompts, *([row.completions[side] for row in rows] for side in range(sides))]
     keys = np.zeros((len(rows), 3), np.uint64)
-    keys[:, 0] = hash_texts(map(prompt_text, rows))
+    keys[:, 0] = hash_texts(prompt_text(row.prompt) for row in rows)
     words = np.zeros((len(rows), 3), np.uint32)
     longest = np.zeros((len(rows), 3), np.uint32)
     for column, of_part in enumerate(texts):
@@ -346,7 +339,7 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
         "words": words,
         "longest": longest[:, 0] + longest[:, 1:].max(1),
         "reason": np.array(reasons, np.uint8),
-        "bands": neighbours.sketch([whole_text(row) for row in rows]),
+        "bands": neighbours.sketch([whole_text(row.prompt, *row.completions) for row in rows]),
     }
 
 
@@ -355,7 +348,7 @@ def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path])
 
     if not against:
         return
-    wholes = [whole_text(row) for row in rows]
+    wholes = [whole_text(row.prompt, *row.completions) for row in rows]
     keys = facts.columns["keys"][:, 0]
     last = np.array(hash_texts(map(last_turn, rows)), np.uint64)
     for path in against:
@@ -369,23 +362,6 @@ def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path])
             facts.examples[f"leak {index.name}"] = found_rows
 
 
-def whole_text(row: AnyRow) -> str:
-    """What a row is compared with other rows and other texts by: all its turns and answers."""
-    return "\n".join((_all_turns(row), *row.completions))
-
-
-def _all_turns(row: AnyRow) -> str:
-    """The prompt, with system prompts and earlier turns."""
-    return row.prompt[0]["content"] if len(row.prompt) == 1 else "\n".join(turn["content"] for turn in row.prompt)
-
-
-def prompt_text(row: AnyRow) -> str:
-    """What makes two prompts equal, as `format.prompt_key`: the text of a single turn."""
-    if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
-        return row.prompt[0]["content"].strip()
-    return repr(prompt_key(row))
-
-
 def row_keys(prompts: Any, first: Any, second: Any) -> "NDArray[np.uint64]":
     """Hashes of rows from those of their prompts and answers, in the order of the answers."""
     found: NDArray[np.uint64] = mixed(mixed(mixed(prompts) + first) + second)
@@ -395,14 +371,6 @@ def row_keys(prompts: Any, first: Any, second: Any) -> "NDArray[np.uint64]":
 def last_turn(row: AnyRow) -> str:
     """What the user asked last, which may be asked elsewhere without a system prompt and earlier turns."""
     return row.prompt[-1]["content"].strip()
-
-
-def hash_texts(texts: Iterable[str]) -> list[int]:
-    """64-bit hashes of texts, equal in all processes: of prompts with the white space around them taken off."""
-    blake = hashlib.blake2b
-    return [
-        int.from_bytes(blake(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") for text in texts
-    ]
 
 
 def _mark(facts: Facts, column: int, texts: Sequence[str]) -> None:

@@ -137,7 +137,7 @@ class Forensics:
             return f"{said}; no number does, so nothing is to be balanced"
         if self.balanced is None:
             return f"{said}; no weights balance the {len(self.balanced_on)} features that are numbers and shortcuts"
-        worth = f"on rows worth {self.balanced.rows:,.0f} independent ones"
+        worth = f"on rows worth {self.balanced.rows:,.0f} independent ones without ties"
         return f"{said}; with {len(self.balanced_on)} shortcuts balanced in {_percent(self.balanced)}, {worth}"
 
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from politune.data.format import Encoded, PreferenceRow
+from politune.data.texts import whole_text
 from politune.data.words import word_hashes
 from politune.errors import safe
 from politune.inspection.findings import Shown
 from politune.inspection.pairs import Similar
-from politune.inspection.scan import MARKS, AnyRow, Scan, rows_at, whole_text
+from politune.inspection.scan import MARKS, AnyRow, Scan, rows_at
 from politune.inspection.shortcuts import Forensics
 
 EXAMPLE_CHARACTERS = 2000
@@ -23,7 +24,7 @@ def parts_of(method: str) -> tuple[str, ...]:
 
 def render_median(sample: Sequence[AnyRow], encoded: Sequence[Encoded], tokenizer: Any) -> tuple[str, ...]:
     """The row of median length, as it is trained."""
-    sizes = [item.longest for item in encoded] or [len(whole_text(row)) for row in sample]
+    sizes = [item.longest for item in encoded] or [len(whole_text(row.prompt, *row.completions)) for row in sample]
     middle = sorted(range(len(sample)), key=sizes.__getitem__)[len(sample) // 2]
     return render(sample[middle], encoded[middle] if encoded else None, tokenizer)
 
