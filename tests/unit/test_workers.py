@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,15 @@ def test_parts_are_taken_as_they_are_needed() -> None:
     assert len(taken) < 12
     results.close()  # type: ignore[attr-defined]
     assert len(taken) < 12
+
+
+def test_one_thread_is_one_where_nothing_was_loaded_before() -> None:
+    code = (
+        "from politune.data.workers import one_thread\nfrom threadpoolctl import threadpool_info\n"
+        "def threads():\n    import scipy.linalg, sklearn.cluster\n"
+        "    return {each['num_threads'] for each in threadpool_info()}\n"
+        "print(one_thread()(threads)())"
+    )
+    environment = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "{1}\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -121,5 +122,8 @@ def one_thread() -> Iterator[None]:
     """Linear algebra in one thread: on arrays of this size several wait for one another, and round otherwise."""
     from threadpoolctl import threadpool_limits
 
+    importlib.import_module(
+        "sklearn.linear_model"
+    )  # and what it computes by: a limit reaches libraries that are loaded
     with threadpool_limits(1):
         yield

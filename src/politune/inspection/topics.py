@@ -39,7 +39,6 @@ class Apart:
     there: int
 
 
-@one_thread()
 def name_topics(prompts: Sequence[str], named: Sequence[str]) -> tuple[list[str], bool]:
     """The topic of each prompt; whether the rows named them.
 
@@ -61,6 +60,7 @@ def over_all_rows(named: Counter[str], rows: int) -> Counter[str]:
     return named + Counter({NONE_NAMED: rows - named.total()})  # which leaves zeros out
 
 
+@one_thread()
 def _group(prompts: Sequence[str]) -> list[int]:
     import numpy as np
     from sklearn.cluster import KMeans
