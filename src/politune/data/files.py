@@ -573,10 +573,11 @@ def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> I
             # No text is larger than its row group, but a dictionary repeats it in each row for a few bits.
             at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
             for batch in file.iter_batches(batch_size=at_once, columns=known):
-                rows += [budget.spend(row) for row in batch.to_pylist()]
-                if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
-                    yield RowsPart(name, Read(columns, rows), first)
-                    rows, first, before = [], first + len(rows), budget.used_bytes
+                for row in batch.to_pylist():
+                    rows.append(budget.spend(row))
+                    if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
+                        yield RowsPart(name, Read(columns, rows), first)
+                        rows, first, before = [], first + len(rows), budget.used_bytes
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
     yield RowsPart(name, Read(columns, rows), first)
