@@ -30,6 +30,9 @@ RECIPES = {
     "as they are": "",
     "half of the chosen answers longer": "[balance]\nchosen_longer = 0.5\n",
     "differences balanced by size": "[balance]\nlengths = true\n",
+    "as many rows of every topic, sides balanced": (
+        '[topics]\nb = "(?i)^b"\nd = "(?i)^d"\nf = "(?i)^f"\n[balance]\nchosen_longer = 0.5\ntopics = true\n'
+    ),
     "filtered, by topic, balanced, a tenth": (
         '[filter]\nprompt = [3, 60]\n[[filter.drop]]\nfield = "chosen"\npattern = "(?i)\\\\bbabana\\\\b"\n'
         '[topics]\nb = "(?i)^b"\nd = "(?i)^d"\n[balance]\nchosen_longer = 0.5\n[dose]\nfraction = 0.1\n'

@@ -34,7 +34,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         assert ended.code == 0
         expected = adapter_hash(place / "run")
     beside = _plain_killed(lab, 8, seed=1) if whole else ""
-    yield _killed(lab, expected, ended.seconds, 200 if whole else 4, seed=1, beside=beside)
+    yield _killed(lab, expected, ended.seconds, 200 if whole else 3, seed=1, beside=beside)
     yield from _killed_at_operations(lab, expected, None if whole else 2, seed=8)
     yield _signalled(lab, 40 if whole else 2, seed=2)
     yield _pressed_twice(lab, 10 if whole else 1, seed=3)
