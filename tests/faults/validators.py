@@ -45,6 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "data/hub.py": ("unit/test_hub.py",),
     "inspection/scan.py": (
         "unit/test_scan.py::test_what_changed_since_is_refused",
+        "unit/test_scan.py::test_what_grew_since_is_refused",
         "unit/test_scan.py::test_splits",
         "unit/test_scan.py::test_parts_of_another_shape_are_refused",
     ),
@@ -80,7 +81,7 @@ CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "extra", "strict", "allow_i
 LIMIT_SECONDS = 60
 ALONE_SECONDS = 240
 MOST_BYTES = 6 * 2**30
-SHARE, MOST_FIRST = 40, 8
+SHARE, MOST_FIRST, LINES_NEAR = 40, 8, 3
 SURVIVES, DIES, ENDLESS = 0, 1, -signal.SIGKILL
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     found, failed = list[int](), list[str]()
     for number in map(int, sys.argv[4:]):
         found.append(_in_a_child(files, module, number, limit, failed[:MOST_FIRST]))
-        # What a test finds is often found by the same one as what stood before it.
+        # What a test finds is often found by the same one as what stands before it.
         failed = list(dict.fromkeys([*_failed_in(_log(files, number)), *failed]))
     sys.stdout.write(json.dumps(found))
 
@@ -175,7 +176,8 @@ def _log(files: Path, number: int | None) -> Path:
 
 def _failed_in(log: Path) -> list[str]:
     """The tests that failed, with all their parameters, as pytest takes them."""
-    found = re.findall(r"^FAILED (?:.*/)?tests/([^:]+::[^\s\[]+)", log.read_text(errors="replace"), re.MULTILINE)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"^FAILED (?:.*/)?tests/([^:]+::[^\s\[]+)", text, re.MULTILINE)
     return [str(TESTS / name) for name in found]
 
 
@@ -188,13 +190,10 @@ def _whole(files: Path) -> Path:
     return files.with_name("whole")
 
 
-def _in_a_child(files: Path, module: str, number: int | None, limit: float, first: Sequence[str] = ()) -> int:
+def _in_a_child(files: Path, module: str, number: int | None, limit: float, first: Sequence[str]) -> int:
     """The exit code of the tests without a check, or the signal that ended them: ours, where they took too long.
 
-    They get files of their own, because what a check would have stopped may write there.
-
-    Args:
-        first: tests to begin with; all others only where these pass.
+    They get files of their own, because what a check would have stopped may write there. `first` names tests to begin with.
     """
     subprocess.run(["cp", "-a", str(_whole(files)), str(files)], check=True)
     child = os.fork()
@@ -243,13 +242,13 @@ def _run_tests(files: Path, module: str, number: int | None, first: Sequence[str
     for some in filter(None, (first, tests)):
         code = code or int(pytest.main([*plain, *some]))
     if not _needs_torch(module):
-        code = code or _run_cases(files, module)
+        code = code or _run_cases(files, module, number)
     if number is not None:
         assert getattr(sys.modules[name], "check_deleted", False)
     return code
 
 
-def _run_cases(files: Path, module: str) -> int:
+def _run_cases(files: Path, module: str, number: int | None) -> int:
     from faults.in_process import run_here
 
     os.chdir(files)
@@ -257,12 +256,24 @@ def _run_cases(files: Path, module: str) -> int:
     sys.meta_path.insert(0, _Refuse())
     commands = COMMANDS.get(Path(module).parts[0], PLAIN_COMMANDS)
     cases = [case for case in bad_inputs.CASES if case.light and not case.before and case.words[0] in commands]
-    for case in cases:
+    near = _words_near(module, number) if number is not None else set[str]()
+    # First those that speak of what the check's lines speak of.
+    for case in sorted(cases, key=lambda case: -len(near & _words_of(" ".join((*case.words, *case.culprits))))):
         if wrong := bad_inputs.complaint(case, run_here(case.words)):
             sys.stdout.write(f"{wrong}\n")  # into the log
             sys.stdout.flush()
             return DIES
     return SURVIVES
+
+
+def _words_near(module: str, number: int) -> set[str]:
+    """Of the lines where a check stands."""
+    lines, line = (SOURCE / module).read_text(encoding="utf-8").splitlines(), checks_of(module)[number].line
+    return _words_of(" ".join(lines[max(0, line - LINES_NEAR) : line + LINES_NEAR]))
+
+
+def _words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w{4,}", text.replace("-", "_").lower()))
 
 
 class _Refuse(importlib.abc.MetaPathFinder):

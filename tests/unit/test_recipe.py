@@ -53,6 +53,21 @@ def refusal(tmp_path: Path, text: str) -> str:
         ('[[source]]\nname = "scale-lab/politune-left"\ndirection = "right"\n', ["mine.toml:1", "contradicts"]),
         ('[[source]]\nname = "yahma/alpaca-cleaned"\n', ["holds no preferences"]),
         (SOURCE + "sha256 = 'abc'\n", ["mine.toml:3", "64 hexadecimal digits"]),
+        ('[[source]]\nname = ""\n', ["mine.toml:2", "an empty name is no data set"]),
+        (SOURCE + "split = ''\n", ["mine.toml:3", "an empty name is no split"]),
+        (STANCES + 'split = "heldout"\n', ["mine.toml:1", "only the split train of stances"]),
+        (SOURCE + "[[filter.drop]]\nfield = 'label'\npattern = 'a'\n", ["mine.toml:4", "filter.drop.field", "'language'"]),
+        (SOURCE + "[balance]\nchosen_longer = -0.1\n", ["mine.toml:4", "share of the rows"]),
+        (SOURCE + "[match]\ntwin = ''\n", ["mine.toml:4", "an empty name is no recipe"]),
+        (SOURCE + "[match]\ntwin = 'b.toml'\non = ['topics']\n", ["mine.toml:5", "must be 'topic', 'length' or 'difference'"]),
+        (SOURCE + "[match]\ntwin = 'b.toml'\non = []\n", ["mine.toml:5", "match.on"]),
+        (SOURCE + "[dose]\nfraction = 0\n", ["mine.toml:4", "dose.fraction", "share of the rows"]),
+        (SOURCE + "[dose]\nrows = 0\n", ["mine.toml:4", "dose.rows", "count of rows"]),
+        ("seed = -1\n" + SOURCE, ["mine.toml:1", "seed", "it is a count"]),
+        ("seed = 4294967296\n" + SOURCE, ["mine.toml:1", "seed", "it is a count"]),
+        ("unit = 'letters'\n" + SOURCE, ["mine.toml:1", "'words' or 'characters'"]),
+        ("mix = 'bytes'\n" + SOURCE, ["mine.toml:1", "'rows' or 'tokens'"]),
+        (SOURCE + "[topics]\n'' = 'a'\n", ["mine.toml:4", "topics"]),
         ("title = 'x'\n", ["source"]),
         ("source = []\n", ["1 to 100 tables"]),
         ("seed = = 3\n", ["mine.toml:1", "not valid TOML"]),
@@ -62,6 +77,18 @@ def refusal(tmp_path: Path, text: str) -> str:
 def test_a_wrong_recipe_is_refused_by_line(tmp_path: Path, text: str, words: list[str]) -> None:
     message = refusal(tmp_path, text)
     assert all(word in message for word in words), message
+
+
+def test_lists_are_read_as_they_stand(tmp_path: Path) -> None:
+    rule = "field = 'prompt'\npattern = 'a'\n"
+    text = (
+        SOURCE + f"[[filter.drop]]\n{rule}[[filter.keep]]\n{rule}[match]\ntwin = 'b.toml'\non = ['topic', 'length']\n"
+    )
+    (tmp_path / "mine.toml").write_text(text)
+    found = presets.read_recipe(str(tmp_path / "mine.toml"))
+    assert found.match is not None
+    assert found.match.on == ("topic", "length")
+    assert [len(rules) for rules in (found.filter.drop, found.filter.keep)] == [1, 1]
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

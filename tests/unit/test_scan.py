@@ -119,6 +119,15 @@ def test_what_changed_since_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_what_grew_since_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", some_rows(20))
+    measured = scanned(path)
+    write(path, some_rows(200))
+    with pytest.raises(DataError, match="changed while it was read"):
+        rows_at(measured, [0])
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_shuffled_sides_are_those_that_a_run_draws(tmp_path: Path) -> None:
     """Over many parts as over the whole table: the run's placebo, of which a half is swapped."""
     rows = some_rows(201)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -397,9 +398,42 @@ def test_what_the_system_refuses_to_read(tmp_path: Path) -> None:
 
 def test_text_files_have_a_size_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1000)
-    path = write(tmp_path / "a.csv", HEAD + "p,c,r\n" * 400)
-    with pytest.raises(DataError, match=r"holds more than"):
+    for name, content in (("a.csv", HEAD + "p,c,r\n" * 400), ("a.json", json.dumps([json.loads(LINE)] * 400))):
+        with pytest.raises(DataError, match=r"holds more than"):
+            sources.load(spec(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_a_packed_file_that_is_cut_off_says_how_far_it_could_be_read(tmp_path: Path, codec: str) -> None:
+    import pyarrow
+
+    texts = random.Random(0).sample(range(10**9), 9000)
+    lines = "".join(json.dumps({"prompt": str(text), "chosen": "c", "rejected": "r"}) + "\n" for text in texts)
+    packed = pyarrow.compress(lines.encode(), codec=codec, asbytes=True)
+    path = tmp_path / f"a.jsonl.{ {'gzip': 'gz', 'zstd': 'zst'}[codec] }"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(
+        DataError, match=r"the compressed file is cut off.*after line [\d,]+, [\d,]+ bytes.*pack it once more"
+    ):
         sources.load(spec(path))
+
+
+@pytest.mark.parametrize(
+    "content", [LINE + "x" * 3000, HEAD + "p,c," + "x" * 3000, HEAD + 'p,c,"' + "x\n" * 1500 + '"']
+)
+def test_a_record_without_end_is_refused(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("RECORD_BYTES", "PART_BYTES"):
+        monkeypatch.setattr(files, limit, 1000)
+    path = write(tmp_path / ("a.csv" if content.startswith(HEAD) else "a.jsonl"), content)
+    with pytest.raises(DataError, match=r":2: .*(a record|cell is longer) .*MiB"):
+        sources.load(spec(path))
+
+
+def test_the_direction_of_a_built_file_is_its_own() -> None:
+    built = sources.Stream("left.jsonl", (), sources.Membership("train"), manifest={"direction": "left"})
+    sources.refuse_other_direction(built, "left")
+    with pytest.raises(ConfigError, match=r"contradicts left\.jsonl, which was built with the direction 'left'"):
+        sources.refuse_other_direction(built, "right")
 
 
 # --- anything at all -------------------------------------------------------------------------------------------------

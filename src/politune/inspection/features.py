@@ -6,7 +6,7 @@ The phrases are English; in other languages their counts are zero, and the bag o
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 """A word: letters and digits, with apostrophes and hyphens inside."""
@@ -58,7 +58,19 @@ class Text:
         return count / max(1, len(self.words))
 
     def rate_of(self, words: frozenset[str]) -> float:
-        return self.rate(sum(word in words for word in self.words))
+        return self.rate(sum(map(words.__contains__, self.words)))
+
+    def count_of(self, is_of_kind: Callable[[str], bool]) -> int:
+        """How many of its characters are of a kind."""
+        if not self.raw.isascii():
+            return sum(map(is_of_kind, self.raw))
+        return len(self.raw) - len(self.raw.encode().translate(None, _of_kind(is_of_kind)))
+
+
+@cache
+def _of_kind(is_of_kind: Callable[[str], bool]) -> bytes:
+    """The characters of ASCII that are."""
+    return bytes(code for code in range(128) if is_of_kind(chr(code)))
 
 
 @dataclass(frozen=True)
@@ -104,14 +116,14 @@ FEATURES: tuple[Feature, ...] = (
     _count("marks of Markdown", lambda text: len(re.findall(r"\*\*|__|^#+ |`", text.raw, re.MULTILINE))),
     _count("quotation marks", lambda text: len(QUOTE.findall(text.raw))),
     _mark("stands in quotation marks", "begins with a quotation mark", lambda text: bool(QUOTE.match(text.raw.strip()))),
-    _count("digits", lambda text: sum(map(str.isdigit, text.raw))),
+    _count("digits", lambda text: text.count_of(str.isdigit)),
     _count("exclamation marks", lambda text: text.raw.count("!")),
     _count("question marks", lambda text: text.raw.count("?")),
     _share("commas", lambda text: text.rate(text.raw.count(","))),
     _share("colons and semicolons", lambda text: text.rate(text.raw.count(":") + text.raw.count(";"))),
     _share("dashes", lambda text: text.rate(len(re.findall(r"[–—]| - ", text.raw)))),
     _share("brackets", lambda text: text.rate(len(re.findall(r"[()\[\]]", text.raw)))),
-    _share("capitals", lambda text: text.rate(sum(map(str.isupper, text.raw)))),
+    _share("capitals", lambda text: text.rate(text.count_of(str.isupper))),
     _count("characters beyond ASCII", lambda text: 0 if text.raw.isascii() else sum(each > "\x7f" for each in text.raw)),
     _mark("ends without a full stop", "ends without a full stop", lambda text: text.raw.rstrip()[-1:] not in (*".!?…", '"', "”")),
     _share("contractions", lambda text: text.rate(len(CONTRACTION.findall(text.raw)))),

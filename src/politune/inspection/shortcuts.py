@@ -20,11 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.chance import Estimate, estimate, holm
 from politune.data.workers import one_thread
-from politune.inspection.features import FEATURES, FUNCTION_WORD_SET, WORD, Text
+from politune.inspection.features import FEATURES, FUNCTION_WORD_SET, Text
 from politune.report import Intervals, Lines, Section, Table
 
 if TYPE_CHECKING:
@@ -320,11 +321,9 @@ def _differences(chosen: Sequence[Text], rejected: Sequence[Text]) -> tuple[Any,
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
 
-    counter = CountVectorizer(
-        binary=True, lowercase=True, token_pattern=WORD.pattern, min_df=FEWEST_DOCUMENTS, ngram_range=(1, 2)
-    )
+    counter = CountVectorizer(binary=True, analyzer=_words_and_pairs, min_df=FEWEST_DOCUMENTS)
     try:
-        counted = counter.fit_transform([text.raw for text in (*chosen, *rejected)])
+        counted = counter.fit_transform([*chosen, *rejected])
     except ValueError:  # no word stands in as many texts
         return csr_matrix((len(chosen), 1), dtype=float), [""]
     differences = (counted[: len(chosen)].astype(float) - counted[len(chosen) :].astype(float)).tocsr()
@@ -332,6 +331,10 @@ def _differences(chosen: Sequence[Text], rejected: Sequence[Text]) -> tuple[Any,
     if not len(telling):
         return csr_matrix((len(chosen), 1), dtype=float), [""]
     return differences[:, telling], counter.get_feature_names_out()[telling].tolist()
+
+
+def _words_and_pairs(text: Text) -> list[str]:
+    return [*text.words, *map(" ".join, pairwise(text.words))]
 
 
 def _by_one_word(differences: Any, splits: Sequence[Split]) -> "NDArray[Any]":
