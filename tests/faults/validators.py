@@ -9,6 +9,7 @@ more, alone and for longer.
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -81,7 +82,7 @@ CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "extra", "strict", "allow_i
 LIMIT_SECONDS = 60
 ALONE_SECONDS = 240
 MOST_BYTES = 6 * 2**30
-SHARE, MOST_FIRST, LINES_NEAR = 40, 8, 3
+SHARE, MOST_FIRST, LINES_NEAR, NEAREST = 60, 8, 3, 6
 SURVIVES, DIES, ENDLESS = 0, 1, -signal.SIGKILL
 
 
@@ -226,44 +227,45 @@ def _run_tests(files: Path, module: str, number: int | None, first: Sequence[str
 
     tests = [str(TESTS / test) for test in MODULES[module]]
     plain = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--tb=line",
-        "--hypothesis-seed=0",
-        "-rf",
-        "-k",
-        SLOW,
-    ]
-    code = SURVIVES
+        "-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0", "-k", SLOW,
+    ]  # fmt: skip
+    # What costs little and finds much comes first. With nothing deleted, the cases are for `bad_inputs` itself.
+    cases = _cases_near(module, number) if number is not None and not _needs_torch(module) else []
+    code = _run_cases(files, cases[:NEAREST])
     for some in filter(None, (first, tests)):
         code = code or int(pytest.main([*plain, *some]))
-    if not _needs_torch(module):
-        code = code or _run_cases(files, module, number)
+    code = code or _run_cases(files, cases[NEAREST:])
     if number is not None:
         assert getattr(sys.modules[name], "check_deleted", False)
     return code
 
 
-def _run_cases(files: Path, module: str, number: int | None) -> int:
+def _run_cases(files: Path, cases: Sequence[bad_inputs.Case]) -> int:
     from faults.in_process import run_here
 
-    os.chdir(files)
-    os.environ |= bad_inputs.HOME
-    sys.meta_path.insert(0, _Refuse())
+    refuse, environment = _Refuse(), dict(os.environ)
+    sys.meta_path.insert(0, refuse)
+    try:
+        os.environ |= bad_inputs.HOME
+        with contextlib.chdir(files):
+            for case in cases:
+                if wrong := bad_inputs.complaint(case, run_here(case.words)):
+                    sys.stdout.write(f"{wrong}\n")  # into the log
+                    sys.stdout.flush()
+                    return DIES
+    finally:
+        sys.meta_path.remove(refuse)
+        os.environ.clear()
+        os.environ |= environment
+    return SURVIVES
+
+
+def _cases_near(module: str, number: int) -> list[bad_inputs.Case]:
+    """Those that may meet a check of the module, and first those that speak of what its lines speak of."""
     commands = COMMANDS.get(Path(module).parts[0], PLAIN_COMMANDS)
     cases = [case for case in bad_inputs.CASES if case.light and not case.before and case.words[0] in commands]
-    near = _words_near(module, number) if number is not None else set[str]()
-    # First those that speak of what the check's lines speak of.
-    for case in sorted(cases, key=lambda case: -len(near & _words_of(" ".join((*case.words, *case.culprits))))):
-        if wrong := bad_inputs.complaint(case, run_here(case.words)):
-            sys.stdout.write(f"{wrong}\n")  # into the log
-            sys.stdout.flush()
-            return DIES
-    return SURVIVES
+    near = _words_near(module, number)
+    return sorted(cases, key=lambda case: -len(near & _words_of(" ".join((*case.words, *case.culprits)))))
 
 
 def _words_near(module: str, number: int) -> set[str]:
