@@ -553,6 +553,28 @@ def holds_text(kind: object) -> bool:
     return "string" in str(kind) and "binary" not in str(kind)
 
 
+def _most_of_a_row(group: Any) -> float:
+    """The bytes that a row of a parquet file's group may unpack to, if all rows have as many values."""
+    values = max((group.column(index).num_values for index in range(group.num_columns)), default=0)
+    return float(group.total_byte_size * max(1, values / max(1, group.num_rows)))
+
+
+def _text_bytes(column: Any) -> int:
+    """What a column of Arrow takes as Python's objects, at the least: its dictionaries repeat a text for a few bits."""
+    import pyarrow
+    from pyarrow import compute
+
+    kind = pyarrow.types
+    if kind.is_struct(column.type):
+        return sum(map(_text_bytes, column.flatten()))
+    if kind.is_list(column.type) or kind.is_large_list(column.type):
+        return _text_bytes(column.flatten())
+    if kind.is_dictionary(column.type) and "string" in str(column.type.value_type):
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+        return compute.sum(lengths).as_py() or 0
+    return int(column.nbytes)
+
+
 def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
     """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
     the file's size nor its own account of the unpacked size can be trusted."""
@@ -570,9 +592,12 @@ def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> I
                 raise budget.exceeded()
             texts = [field.name for field in file.schema_arrow if all_texts and holds_text(field.type)]
             known = [column for column in columns if column in READ_COLUMNS or column in texts]
-            # No text is larger than its row group, but a dictionary repeats it in each row for a few bits.
-            at_once = min(ROWS_AT_ONCE, max(1, budget.limit_bytes // max([1, *sizes])))
+            # No text is larger than its row group, but a dictionary repeats it in each row, or each turn, for a few bits.
+            a_row = max([1, *map(_most_of_a_row, map(file.metadata.row_group, range(len(sizes))))])
+            at_once = min(ROWS_AT_ONCE, max(1, int(budget.limit_bytes / a_row)))
             for batch in file.iter_batches(batch_size=at_once, columns=known):
+                if budget.used_bytes + sum(map(_text_bytes, batch.columns)) > budget.limit_bytes:
+                    raise budget.exceeded()
                 for row in batch.to_pylist():
                     rows.append(budget.spend(row))
                     if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
