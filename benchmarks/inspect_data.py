@@ -4,13 +4,15 @@ near-duplicates it finds.
     python benchmarks/inspect_data.py [DIRECTORY] [--rows 1000000]
 
 Rows are those of rows.py, made once in DIRECTORY (1.2 GB for a million). The pandas script reads the same file and gives
-counts, lengths in characters and words, and exact duplicates, and nothing else. Both are whole commands, run alternately three
+counts, lengths in characters and words, and exact duplicates, and nothing else. politune has no tokenizer at hand, and counts in
+words as well. Both are whole commands, run alternately three
 times up to 100,000 rows and twice beyond; medians. Memory is that of all processes together (their proportional set size, looked
 at ten times a second). Writes INSPECT.md beside this file.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -87,6 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     place = options.place or Path(tempfile.mkdtemp(prefix="politune-rows-"))
     place.mkdir(parents=True, exist_ok=True)
+    os.environ["POLITUNE_CACHE"] = str(place / "no-cache")
     sizes = [size for size in SIZES if size <= options.rows]
     lines, seconds, memory = [], {}, {}
     for size in sizes:

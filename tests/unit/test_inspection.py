@@ -11,6 +11,7 @@ from politune.data import files
 from politune.errors import DataError
 from politune.inspection import inspect
 from politune.inspection.findings import DataAudit, Leak
+from politune.models import load
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -38,6 +39,17 @@ def test_rows_with_one_answer_are_shown_as_sft_trains_them(tmp_path: Path, row: 
     report, said = look(tmp_path / "a.json", row)
     assert (report.method, report.rows) == ("sft", 2)
     assert said == ["a.json has the columns of `politune train sft`: showing it as sft trains it"]
+
+
+def test_damaged_data_are_named_before_a_tokenizer_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "resolve", lambda *args, **more: "a base")
+    monkeypatch.setattr(load, "load_tokenizer", lambda base: pytest.fail("loaded"))
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p"\n', encoding="utf-8")
+    with pytest.raises(DataError, match="malformed JSON"):
+        inspect.inspect(
+            presets.resolve("dpo", None, {}).run, [str(path)], tokenizer_asked_for=True, say=lambda line: None
+        )
 
 
 def test_pairs_are_shown_as_dpo_trains_them(tmp_path: Path) -> None:

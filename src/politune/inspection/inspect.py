@@ -105,10 +105,9 @@ def inspect(
     Raises:
         PolituneError: the data cannot be had or read.
     """
-    tokenizer = _tokenizer(run, tokenizer_asked_for, offline, say)
-    base = run.model.model_name_or_path
+    base = _base(run, tokenizer_asked_for, offline, say)
     scans: list[scan.Scan] = []
-    audits: list[DataAudit] = []
+    specs: list[DataSpec] = []
     with tempfile.TemporaryDirectory(prefix="politune-against-") as place:
         indexes = [_index(name, number, Path(place), offline) for number, name in enumerate(against)]
         for name in names or [_own_data(run, offline)]:
@@ -117,8 +116,15 @@ def inspect(
             seed, paths = run.train.seed, [path for path, _ in indexes]
             scanned = scan.scan(source, method, spec.direction, seed, sample_rows=sample_rows, against=paths, told=told)
             scans.append(scanned)
-            held = [(index.name, index.share) for _, index in indexes]
-            audits.append(audit.audit(scanned, spec, tokenizer=tokenizer, base=base, against=held))
+            specs.append(spec)
+        # A tokenizer takes seconds and memory of its own: what is wrong with the data has been said by now.
+        tokenizer = _tokenizer(base, tokenizer_asked_for, run, say)
+        held = [(index.name, index.share) for _, index in indexes]
+        name = run.model.model_name_or_path
+        audits = [
+            audit.audit(scanned, spec, tokenizer=tokenizer, base=name, against=held)
+            for scanned, spec in zip(scans, specs, strict=True)
+        ]
     if len({each.method for each in audits}) > 1:
         raise ConfigError("preference pairs and conversations are no arms of one study", fix="inspect them one by one")
     return InspectReport(tuple(audits), arms.compare(scans, audits) if len(audits) > 1 else None)
@@ -162,17 +168,26 @@ def _with_direction(spec: DataSpec, table: rows_format.Table, say: Callable[[str
     return spec.model_copy(update={"direction": "left"})
 
 
-def _tokenizer(run: Run, asked_for: bool, offline: bool, say: Callable[[str], None]) -> Any:
+def _base(run: Run, asked_for: bool, offline: bool, say: Callable[[str], None]) -> load.ResolvedModel | None:
+    """The model whose tokenizer counts, None where it is not on this machine and was not asked for."""
     try:
-        return load.load_tokenizer(load.resolve(run.model, offline=offline or not asked_for, say=say))
+        return load.resolve(run.model, offline=offline or not asked_for, say=say)
     except PolituneError:
         if asked_for:
             raise
-        name = run.model.model_name_or_path
-        say(
-            f"counting words only: the tokenizer of {safe(name)} is not on this machine (--model {safe(name)} fetches it)"
-        )
         return None
+
+
+def _tokenizer(base: load.ResolvedModel | None, asked_for: bool, run: Run, say: Callable[[str], None]) -> Any:
+    try:
+        if base is not None:
+            return load.load_tokenizer(base)
+    except PolituneError:
+        if asked_for:
+            raise
+    name = safe(run.model.model_name_or_path)
+    say(f"counting words only: the tokenizer of {name} is not on this machine (--model {name} fetches it)")
+    return None
 
 
 # --- what the rows are held against ----------------------------------------------------------------------------------
