@@ -46,10 +46,9 @@ def test_damaged_data_are_named_before_a_tokenizer_is_loaded(tmp_path: Path, mon
     monkeypatch.setattr(load, "load_tokenizer", lambda base: pytest.fail("loaded"))
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p"\n', encoding="utf-8")
+    run = presets.resolve("dpo", None, {"data.dataset_name": str(path), "model.model_name_or_path": "demo"}).run
     with pytest.raises(DataError, match="malformed JSON"):
-        inspect.inspect(
-            presets.resolve("dpo", None, {}).run, [str(path)], tokenizer_asked_for=True, say=lambda line: None
-        )
+        inspect.inspect(run, [str(path)], tokenizer_asked_for=True, say=lambda line: None)
 
 
 def test_pairs_are_shown_as_dpo_trains_them(tmp_path: Path) -> None:
