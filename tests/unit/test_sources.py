@@ -335,6 +335,22 @@ def test_a_parquet_bomb_is_refused_while_it_unpacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory was taken")
+@pytest.mark.parametrize("kind", ["bytes", "map"])
+def test_no_kind_of_value_hides_a_bomb(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    again = pyarrow.array([0] * 200, pyarrow.int32())
+    if kind == "bytes":
+        column = pyarrow.DictionaryArray.from_arrays(again, pyarrow.array([b"x" * 10**6]))
+    else:
+        items = pyarrow.DictionaryArray.from_arrays(again, pyarrow.array(["x" * 10**6]))
+        column = pyarrow.MapArray.from_arrays(pyarrow.array(range(201), pyarrow.int32()), ["key"] * 200, items)
+    parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "bomb.parquet")
+    with pytest.raises(DataError, match="decompression bomb"):
+        sources.load(spec(tmp_path / "bomb.parquet"))
+
+
 def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     """Some kB that hold one text of 30 MB in 16 rows: half a GB at once, and once more as text; in a process of its own."""
     import subprocess

@@ -168,9 +168,9 @@ class Budget:
 def _weight(value: object) -> int:
     if isinstance(value, dict):
         return sum(map(_weight, value.values()))
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # tuples are a parquet file's maps
         return CELL_BYTES + sum(map(_weight, value))
-    return CELL_BYTES + (len(value) if isinstance(value, str) else 0)
+    return CELL_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -553,10 +553,11 @@ def holds_text(kind: object) -> bool:
     return "string" in str(kind) and "binary" not in str(kind)
 
 
-def _most_of_a_row(group: Any) -> float:
-    """The bytes that a row of a parquet file's group may unpack to, if all rows have as many values."""
-    values = max((group.column(index).num_values for index in range(group.num_columns)), default=0)
-    return float(group.total_byte_size * max(1, values / max(1, group.num_rows)))
+def _most_of_a_row(group: Any, known: Sequence[str]) -> float:
+    """The bytes that the known columns of a row of a parquet file's group may unpack to, if all rows have as many values."""
+    columns = map(group.column, range(group.num_columns))
+    read = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in known)]
+    return sum(float(each.total_uncompressed_size * max(1, each.num_values / max(1, group.num_rows))) for each in read)
 
 
 def _text_bytes(column: Any) -> int:
@@ -567,9 +568,11 @@ def _text_bytes(column: Any) -> int:
     kind = pyarrow.types
     if kind.is_struct(column.type):
         return sum(map(_text_bytes, column.flatten()))
-    if kind.is_list(column.type) or kind.is_large_list(column.type):
+    if kind.is_list(column.type) or kind.is_large_list(column.type) or kind.is_fixed_size_list(column.type):
         return _text_bytes(column.flatten())
-    if kind.is_dictionary(column.type) and "string" in str(column.type.value_type):
+    if kind.is_map(column.type):  # of all rows that the array has behind it
+        return _text_bytes(column.keys) + _text_bytes(column.items)
+    if kind.is_dictionary(column.type) and any(word in str(column.type.value_type) for word in ("string", "binary")):
         lengths = compute.binary_length(column.dictionary).take(column.indices)
         return compute.sum(lengths).as_py() or 0
     return int(column.nbytes)
@@ -593,7 +596,8 @@ def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> I
             texts = [field.name for field in file.schema_arrow if all_texts and holds_text(field.type)]
             known = [column for column in columns if column in READ_COLUMNS or column in texts]
             # No text is larger than its row group, but a dictionary repeats it in each row, or each turn, for a few bits.
-            a_row = max([1, *map(_most_of_a_row, map(file.metadata.row_group, range(len(sizes))))])
+            groups = map(file.metadata.row_group, range(len(sizes)))
+            a_row = max([1, *(_most_of_a_row(group, known) for group in groups)])
             at_once = min(ROWS_AT_ONCE, max(1, int(budget.limit_bytes / a_row)))
             for batch in file.iter_batches(batch_size=at_once, columns=known):
                 if budget.used_bytes + sum(map(_text_bytes, batch.columns)) > budget.limit_bytes:
