@@ -82,8 +82,10 @@ CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "extra", "strict", "allow_i
 LIMIT_SECONDS = 60
 ALONE_SECONDS = 240
 MOST_BYTES = 6 * 2**30
-SHARE, MOST_FIRST, LINES_NEAR, NEAREST = 60, 8, 3, 6
+SHARE, LINES_NEAR, NEAREST = 60, 3, 6
 SURVIVES, DIES, ENDLESS = 0, 1, -signal.SIGKILL
+NOTHING_CHOSEN = 5
+"""Pytest's exit code where all tests that were named are among the slow ones."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,9 @@ def main() -> None:
         raise RuntimeError(f"{module}: the tests fail with nothing deleted ({ended})")
     found, failed = list[int](), list[str]()
     for number in map(int, sys.argv[4:]):
-        found.append(_in_a_child(files, module, number, limit, failed[:MOST_FIRST]))
-        # What a test finds is often found by the same one as what stands before it.
+        # Often what finds a check speaks of what its lines speak of, or found the one before.
+        first = dict.fromkeys([*_tests_near(module, number)[:NEAREST], *failed[:NEAREST]])
+        found.append(_in_a_child(files, module, number, limit, list(first)))
         failed = list(dict.fromkeys([*_failed_in(_log(files, number)), *failed]))
     sys.stdout.write(json.dumps(found))
 
@@ -233,7 +236,8 @@ def _run_tests(files: Path, module: str, number: int | None, first: Sequence[str
     cases = _cases_near(module, number) if number is not None or _is_control(module) else []
     code = _forked(lambda: _run_cases(files, cases[:NEAREST]))
     for some in filter(None, (first, tests)):
-        code = code or int(pytest.main([*plain, *some]))
+        ended = code or int(pytest.main([*plain, *some]))
+        code = SURVIVES if ended == NOTHING_CHOSEN else ended
     code = code or _run_cases(files, cases[NEAREST:])
     if number is not None:
         module_without = sys.modules.get(name) or importlib.import_module(name)
@@ -290,6 +294,21 @@ def _cases_near(module: str, number: int | None) -> list[bad_inputs.Case]:
     cases = [case for case in bad_inputs.CASES if case.light and not case.before and case.words[0] in _commands(module)]
     near = set[str]() if number is None else _words_near(module, number)
     return sorted(cases, key=lambda case: -len(near & _words_of(" ".join((*case.words, *case.culprits)))))
+
+
+def _tests_near(module: str, number: int) -> list[str]:
+    """The tests of the module, first those that speak of what the check's lines speak of."""
+    words = _words_near(module, number)
+    found: dict[str, int] = {}
+    for test in MODULES[module]:
+        path, _, only = test.partition("::")
+        text = (TESTS / path).read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and only in ("", node.name):
+                start = min(each.lineno for each in (node, *node.decorator_list))
+                lines = text.splitlines()[start - 1 : node.end_lineno]
+                found[f"{TESTS / path}::{node.name}"] = len(words & _words_of(" ".join(lines)))
+    return sorted(found, key=lambda name: -found[name])
 
 
 def _words_near(module: str, number: int) -> set[str]:
