@@ -33,7 +33,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         ended = lab.run(argv)
         assert ended.code == 0
         expected = adapter_hash(place / "run")
-    beside = _plain_killed(lab, 6, seed=1) if whole else ""
+    beside = _plain_killed(lab, 8, seed=1) if whole else ""
     yield _killed(lab, expected, ended.seconds, 200 if whole else 3, seed=1, beside=beside)
     yield from _killed_at_operations(lab, expected, None if whole else 2, seed=8)
     yield _signalled(lab, 40 if whole else 2, seed=2)
@@ -145,7 +145,7 @@ def mark_saves(mark: Path) -> None:
 def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) -> Iterator[Figure]:
     """strace kills the process before the k-th call of one kind, from the last save to the end of the run.
 
-    What is left goes on to its end. Of every fourth moment it does so twice: a copy is killed once more at an operation of the
+    What is left goes on to its end. Of every other moment it does so twice: a copy is killed once more at an operation of the
     resumed run, which is drawn from a trace of what such a run does.
     """
     draw = random.Random(seed)
@@ -156,7 +156,7 @@ def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) 
         moments = list(_changes(log.read_text(errors="replace")))
     if most is not None:
         moments = moments[:: max(1, len(moments) // most)][:most]
-    draws = {moment: draw.random() for moment in moments[::4]}
+    draws = {moment: draw.random() for moment in moments[::2]}
 
     def trial(moment: tuple[str, int]) -> list[str | None]:
         with lab.place("operation") as place:
@@ -191,8 +191,8 @@ def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) 
     what = "killed before each file operation of one save, rotation and export"
     beside = f"of {', '.join(sorted({name for name, _ in moments}))}"
     yield count(f"{what}: goes on from the newest checkpoint, equal", [each[0] for each in found], beside=beside)
-    what = "killed before every fourth of them, and once more before an operation of the resumed run: equal"
-    yield count(what, again, seed=seed, at_least=(len(moments) + 3) // 4)
+    what = "killed before every other of them, and once more before an operation of the resumed run: equal"
+    yield count(what, again, seed=seed, at_least=(len(moments) + 1) // 2)
 
 
 def _kill_at(moment: tuple[str, int]) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,23 @@ def test_no_kind_of_value_hides_a_bomb(tmp_path: Path, kind: str) -> None:
     parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "bomb.parquet")
     with pytest.raises(DataError, match="decompression bomb"):
         sources.load(spec(tmp_path / "bomb.parquet"))
+
+
+def test_one_row_of_many_turns_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 200, pyarrow.int32()), pyarrow.array(["x" * 10**6]))
+    turns = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 200), text], ["role", "content"])
+    rows = pyarrow.ListArray.from_arrays(pyarrow.array([0, 200], pyarrow.int32()), turns)
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "bomb.parquet")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="decompression bomb"):
+            sources.load(spec(tmp_path / "bomb.parquet"))
+        assert tracemalloc.get_traced_memory()[1] < 50 * 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
