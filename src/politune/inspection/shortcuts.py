@@ -139,7 +139,8 @@ class Forensics:
         if self.balanced is None:
             return f"{said}; no weights balance the {len(self.balanced_on)} features that are numbers and shortcuts"
         worth = f"on rows worth {self.balanced.rows:,.0f} independent ones without ties"
-        return f"{said}; with {len(self.balanced_on)} shortcuts balanced in {_percent(self.balanced)}, {worth}"
+        shortcuts = "1 shortcut" if len(self.balanced_on) == 1 else f"{len(self.balanced_on)} shortcuts"
+        return f"{said}; with {shortcuts} balanced in {_percent(self.balanced)}, {worth}"
 
 
 def _percents(estimate: Estimate) -> tuple[str, str, str]:
