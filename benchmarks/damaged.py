@@ -145,9 +145,9 @@ def main() -> None:
                     f"{'a whole data set' if left == BUILT else ', '.join(left) or 'nothing'} |\n"
                 )
                 print(text[-1], end="", flush=True)
+    refused, handled = (f"{most[code] / 1e6:,.0f} MB" for code in (False, True))
     text.append(
-        f"\nThe most memory that a refused file took: {most[False] / 1e6:,.0f} MB; that one did which is handled, as whole ones are by "
-        f"several processes: {most[True] / 1e6:,.0f} MB.\n"
+        f"\nThe most memory that a refused file took: {refused}; one that is handled, as whole ones are: {handled}.\n"
     )
     PAGE.write_text("".join(text), encoding="utf-8")
 
