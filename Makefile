@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Everything that a run survives, in about 41 minutes; writes docs/faults.md. `make test` does a part of it.
+# Everything that a run survives, in under 40 minutes on two quiet cores; writes docs/faults.md. `make test` does a part of it.
 faults: $(VENV)/.developing
 	PYTHONPATH=tests $(BIN)/python -m faults
 
