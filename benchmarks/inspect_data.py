@@ -5,9 +5,8 @@ near-duplicates it finds.
 
 Rows are those of rows.py, made once in DIRECTORY (1.2 GB for a million). The pandas script reads the same file and gives
 counts, lengths in characters and words, and exact duplicates, and nothing else. politune has no tokenizer at hand, and counts in
-words as well. Both are whole commands, run alternately three
-times up to 100,000 rows and twice beyond; medians. Memory is that of all processes together (their proportional set size, looked
-at ten times a second). Writes INSPECT.md beside this file.
+words as well. Both are whole commands, run alternately three times up to 100,000 rows and twice beyond; medians. Memory is that
+of all processes together (their proportional set size, looked at ten times a second). Writes INSPECT.md beside this file.
 """
 
 import argparse

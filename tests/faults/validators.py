@@ -9,7 +9,6 @@ more, alone and for longer.
 """
 
 import ast
-import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -234,11 +233,12 @@ def _run_tests(files: Path, module: str, number: int | None, first: Sequence[str
     ]  # fmt: skip
     # What costs little and finds much comes first, in a process of its own, so that the tests find nothing of it.
     cases = _cases_near(module, number) if number is not None or _is_control(module) else []
-    code = _forked(lambda: _run_cases(files, cases[:NEAREST]))
+    code = _forked(lambda: _run_cases(files, cases[:NEAREST])) if cases else SURVIVES
     for some in filter(None, (first, tests)):
         ended = code or int(pytest.main([*plain, *some]))
         code = SURVIVES if ended == NOTHING_CHOSEN else ended
-    code = code or _run_cases(files, cases[NEAREST:])
+    if cases:
+        code = code or _run_cases(files, cases[NEAREST:])
     if number is not None:
         module_without = sys.modules.get(name) or importlib.import_module(name)
         assert getattr(module_without, "check_deleted", False)
@@ -270,20 +270,14 @@ def _commands(module: str) -> tuple[str, ...]:
 def _run_cases(files: Path, cases: Sequence[bad_inputs.Case]) -> int:
     from faults.in_process import run_here
 
-    refuse, environment = _Refuse(), dict(os.environ)
-    sys.meta_path.insert(0, refuse)
-    try:
-        os.environ |= bad_inputs.HOME
-        with contextlib.chdir(files):
-            for case in cases:
-                if wrong := bad_inputs.complaint(case, run_here(case.words)):
-                    sys.stdout.write(f"{wrong}\n")  # into the log
-                    sys.stdout.flush()
-                    return DIES
-    finally:
-        sys.meta_path.remove(refuse)
-        os.environ.clear()
-        os.environ |= environment
+    os.chdir(files)
+    os.environ |= bad_inputs.HOME
+    sys.meta_path.insert(0, _Refuse())
+    for case in cases:
+        if wrong := bad_inputs.complaint(case, run_here(case.words)):
+            sys.stdout.write(f"{wrong}\n")  # into the log
+            sys.stdout.flush()
+            return DIES
     return SURVIVES
 
 

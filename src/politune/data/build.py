@@ -339,7 +339,7 @@ def _write_rows(
     with writer(draft, suffix, shape) as write:
         for number, (reader, stream) in enumerate(zip(own.readers, own.streams, strict=True)):
             rendering = Rendering(reader, stream.name, shape, suffix)
-            parts = picked(own.columns, chosen, number, shape, stream, reader)
+            parts = picked(own.columns, chosen, number, shape, stream)
             for count, content in in_order(partial(render, rendering), parts, processes):
                 write(content)
                 done += count

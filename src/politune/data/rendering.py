@@ -77,7 +77,7 @@ class Picked:
 
 
 def picked(
-    columns: Columns, chosen: select.Chosen, source: int, shape: Shape, stream: sources.Stream, reader: Reader
+    columns: Columns, chosen: select.Chosen, source: int, shape: Shape, stream: sources.Stream
 ) -> Iterator[Picked]:
     """The parts of a source that have rows to be written."""
     import numpy as np
