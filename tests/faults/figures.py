@@ -70,7 +70,7 @@ def side_by_side(trial: Callable[[T], R], cases: Iterable[T]) -> list[R | str]:
             found = trial(case)
         except Exception as error:
             return f"{case!r:.120}: {type(error).__name__}: {error}"
-        if found is None or (isinstance(found, list) and not any(found)):
+        if found is None or (isinstance(found, list | tuple) and not any(found)):
             for place in EVIDENCE.places:
                 shutil.rmtree(place)
         return found

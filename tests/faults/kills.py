@@ -145,8 +145,8 @@ def mark_saves(mark: Path) -> None:
 def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) -> Iterator[Figure]:
     """strace kills the process before the k-th call of one kind, from the last save to the end of the run.
 
-    What is left goes on to its end. Of every other moment it does so twice: a copy is killed once more at an operation of the
-    resumed run, which is drawn from a trace of what such a run does.
+    What is left goes on to its end, twice: a copy is killed once more at an operation of the resumed run, which is drawn from a
+    trace of what such a run does.
     """
     draw = random.Random(seed)
     with lab.place("trace") as place:
@@ -156,19 +156,19 @@ def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) 
         moments = list(_changes(log.read_text(errors="replace")))
     if most is not None:
         moments = moments[:: max(1, len(moments) // most)][:most]
-    draws = {moment: draw.random() for moment in moments[::2]}
 
-    def trial(moment: tuple[str, int]) -> list[str | None]:
+    def trial(case: tuple[tuple[str, int], float]) -> tuple[str | None, str | None]:
+        moment, share = case
         with lab.place("operation") as place:
             name, number = moment
             out = place / "run"
             ended = _traced(lab, out, place / "log", _kill_at(moment))
             if ended.code != -signal.SIGKILL:
-                return [f"{moment} did not come: {ended.code}"]
+                return (f"{moment} did not come: {ended.code}",) * 2
             shutil.copytree(out, place / "left")
             argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
             first = _flaw(lab, argv, out, expected, f"killed before {name} number {number}")
-            return [first, twice(place, draws[moment])] if moment in draws else [first]
+            return first, twice(place, share)
 
     def twice(place: Path, share: float) -> str | None:
         out, log = place / "again", place / "resumed"
@@ -186,13 +186,12 @@ def _killed_at_operations(lab: Lab, expected: str, most: int | None, seed: int) 
         argv = lab.train(out, train__save_steps=1, train__save_total_limit=2)
         return _flaw(lab, argv, out, expected, f"killed once more, before {second[0]} number {second[1]}")
 
-    found = [each if isinstance(each, list) else [each] for each in side_by_side(trial, moments)]
-    again = [each[1] for each in found if len(each) == 2]
+    found = side_by_side(trial, [(moment, draw.random()) for moment in moments])
+    once, again = zip(*(each if isinstance(each, tuple) else (each, each) for each in found), strict=True)
     what = "killed before each file operation of one save, rotation and export"
     beside = f"of {', '.join(sorted({name for name, _ in moments}))}"
-    yield count(f"{what}: goes on from the newest checkpoint, equal", [each[0] for each in found], beside=beside)
-    what = "killed before every other of them, and once more before an operation of the resumed run: equal"
-    yield count(what, again, seed=seed, at_least=(len(moments) + 1) // 2)
+    yield count(f"{what}: goes on from the newest checkpoint, equal", once, beside=beside)
+    yield count("killed so, and once more before an operation of the resumed run: equal", again, seed=seed)
 
 
 def _kill_at(moment: tuple[str, int]) -> list[str]:

@@ -9,6 +9,7 @@ more, alone and for longer.
 """
 
 import ast
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -160,6 +161,7 @@ def main() -> None:
             importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "politune"]:
         del sys.modules[name]  # `bad_inputs` brought it along; each child imports its own
+    gc.freeze()  # a child looks for garbage among what is its own
     files.rename(_whole(files))
     twice = [str(TESTS / test) for test in MODULES[module]]
     if (ended := _in_a_child(files, module, None, ALONE_SECONDS, twice)) != SURVIVES:

@@ -19,6 +19,11 @@ def languages_of(texts: Sequence[str]) -> list[str]:
     return [code if sure >= SURE else UNCLEAR for code, sure in map(identify, texts)]
 
 
+def forget_languages() -> None:
+    """Gives back the memory of the model, which is loaded once more where it is needed again."""
+    _identifier.cache_clear()
+
+
 @cache
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier

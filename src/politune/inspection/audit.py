@@ -3,15 +3,15 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from politune.config import DataSpec
 from politune.data.format import Encoded, PreferenceRow, encode, prompt_key, unusable
-from politune.data.languages import UNCLEAR, languages_of
+from politune.data.languages import UNCLEAR, forget_languages, languages_of
 from politune.data.sources import named_generators
-from politune.data.workers import in_order
+from politune.data.workers import aside, here
 from politune.inspection import topics as topic_words
 from politune.inspection.checks import CHECKS
 from politune.inspection.findings import DataAudit, Leak, Lengths, Longer, Marks, TokenCounts, Unit
@@ -70,11 +70,16 @@ def _measure(
     sample = [each.row for each in facts.sample]
     encoded = encode(sample, tokenizer) if tokenizer is not None else []
     in_tokens = [[len(item.prompt_ids), *map(len, item.completions)] for item in encoded]
-    # By other processes, where there are any, while this one compares.
-    with contextlib.closing(_look_closely(facts.sample)) as closely:
+    # Each by a process of its own, where there is enough to do, while this one compares.
+    start = aside if len(sample) >= ROWS_WORTH_A_PROCESS else here
+    with (
+        contextlib.closing(start(_describe, facts.sample)) as described,
+        contextlib.closing(start(_examine, sample)) as examined,
+    ):
         keys, firsts = distinct(scan)
         similar = find_similar(scan, firsts)
-        (names, are_named), (usable, forensics), (languages, two) = closely
+        [(languages, two, names, are_named)] = described
+        [(usable, forensics)] = examined
     generator = scan.source.generator or named_generators(facts.generators.elements())
     return DataAudit(
         name=scan.source.name,
@@ -116,23 +121,12 @@ def _measure(
     )
 
 
-def _look_closely(sample: Sequence[Sampled]) -> Generator[Any]:
-    """(topics, and whether the rows name them), (usable rows, forensics), (languages, rows with two): each in a process of its
-    own, where there is enough to do."""
-    rows = [each.row for each in sample]
+def _describe(sample: Sequence[Sampled]) -> tuple[tuple[tuple[str, int], ...], int, list[str], bool]:
+    """(languages, rows with two of them, the topic of each row, whether the rows name it)."""
+    of_language = _languages([each.row for each in sample[:LANGUAGE_ROWS]])
+    forget_languages()  # 70 MB, and as much is wanted now
     some = sample[: topic_words.MOST_PROMPTS]
-    topics = ([_prompt(each.row) for each in some], [each.topic for each in some])
-    tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-        (topic_words.name_topics, topics),
-        (_examine, (rows,)),
-        (_languages, (rows[:LANGUAGE_ROWS],)),
-    ]
-    return in_order(_call, tasks, 1 if len(sample) < ROWS_WORTH_A_PROCESS else None)
-
-
-def _call(task: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
-    function, arguments = task
-    return function(*arguments)
+    return *of_language, *topic_words.name_topics([_prompt(each.row) for each in some], [each.topic for each in some])
 
 
 def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
