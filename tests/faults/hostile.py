@@ -219,6 +219,11 @@ def bombs(place: Path, base: Path) -> dict[str, tuple[Callable[[], object], list
         "deep.json": data("deep.json", b"[" * 10**6),
         "a preset": (partial(sparse, "x.toml"), ["presets", "show", place / "x.toml"], 2),
         "talk.parquet": (partial(_write_gigabyte, place / "talk.parquet"), ["inspect-data", place / "talk.parquet"], 3),
+        "turns.parquet": (
+            partial(_write_gigabyte, place / "turns.parquet"),
+            ["inspect-data", place / "turns.parquet"],
+            3,
+        ),
         "sparse.csv": (partial(sparse, "x.csv", b"prompt,chosen\na,b\n"), ["inspect-data", place / "x.csv"], 3),
         "a model's config": (model, ["measure", place / "config", "-o", place / "measured"], 4),
         "sparse.jsonl": (partial(sparse, "x.jsonl"), ["inspect-data", place / "x.jsonl"], 3),
@@ -232,7 +237,8 @@ def bombs(place: Path, base: Path) -> dict[str, tuple[Callable[[], object], list
 
 
 def _write_gigabyte(path: Path) -> None:
-    """One text of 100 kB ten thousand times, in a file of 6 kB: as a column, or as the turns of conversations."""
+    """One text of 100 kB ten thousand times, in a file of 6 kB: as a column, as the turns of conversations, or most of them as
+    those of one, by a writer that says nothing of dictionaries."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -242,8 +248,9 @@ def _write_gigabyte(path: Path) -> None:
         parquet.write_table(pa.table({"prompt": short, "chosen": text, "rejected": short}), path)
     else:
         turns = pa.StructArray.from_arrays([pa.array(["user"] * 10_000), text], ["role", "content"])
-        talks = pa.ListArray.from_arrays(pa.array(range(0, 10_001, 100), pa.int32()), turns)
-        parquet.write_table(pa.table({"messages": talks}), path)
+        ends = range(0, 10_001, 100) if path.name == "talk.parquet" else (0, *range(9_000, 10_001))
+        talks = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), turns)
+        parquet.write_table(pa.table({"messages": talks}), path, store_schema=path.name == "talk.parquet")
 
 
 def strings(number: int, seed: int) -> Iterator[str]:

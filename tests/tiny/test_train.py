@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,7 @@ def test_a_resumed_run_is_the_same_one_on_wandb(
         interrupt_in_step(3, patch)
         with pytest.raises(Interrupted):
             train(resolved)
+    time.sleep(1)  # W&B names its directories by the second
     report = train(resolved, resume=True)
     pattern = Path((report.sync_command or "").split()[-1])
     assert len(list(pattern.parent.glob(pattern.name))) == 2

@@ -369,8 +369,10 @@ def test_one_row_of_many_turns_is_refused_before_it_is_unpacked(tmp_path: Path) 
         tracemalloc.stop()
 
 
-def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
-    """Some kB that hold one text of 30 MB in 16 rows: half a GB at once, and once more as text; in a process of its own."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory was taken")
+@pytest.mark.parametrize("shape", ["column", "turns of one row"])
+def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(tmp_path: Path, shape: str) -> None:
+    """Some kB that hold one text of 30 MB 16 times: half a GB at once, and once more as text; in a process of its own."""
     import subprocess
     import sys
 
@@ -379,7 +381,14 @@ def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(
 
     text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 16, pyarrow.int32()), ["x" * 30_000_000])
     path = tmp_path / "bomb.parquet"
-    parquet.write_table(pyarrow.table({"prompt": text}), path, compression="zstd")
+    if shape == "column":
+        parquet.write_table(pyarrow.table({"prompt": text}), path, compression="zstd")
+    else:  # of the others there is one each; the writer says nothing of dictionaries
+        turns = pyarrow.StructArray.from_arrays(
+            [["x"] * 10 + ["user"] * 16, [None] * 10 + text.tolist()], ["role", "content"]
+        )
+        rows = pyarrow.ListArray.from_arrays(pyarrow.array([*range(11), 26], pyarrow.int32()), turns)
+        parquet.write_table(pyarrow.table({"messages": rows}), path, compression="zstd", store_schema=False)
     code = (
         "import sys; from pathlib import Path; from politune.data import files\n"
         "try: files.read_file(Path(sys.argv[1]), 'bomb')\n"
@@ -390,6 +399,23 @@ def test_a_text_that_a_dictionary_repeats_is_refused_before_it_fills_the_memory(
     complaint, kilobytes = done.stdout.splitlines()
     assert "more than 32 MiB" in complaint
     assert int(kilobytes) < 500_000
+
+
+def test_a_small_parquet_file_is_read_as_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    turns = [
+        [{"role": "user", "content": word, "n": 1}] * count for word, count in (("a", 2), (None, 1), ("ä", 0), ("a", 3))
+    ]
+    marks = pyarrow.array(
+        [[("k", "v")], [], None, [("k", None), ("l", "v")]], pyarrow.map_(pyarrow.string(), pyarrow.string())
+    )
+    table = pyarrow.table({"messages": turns, "prompt": ["p", None, "q", "p"], "topic": marks})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    small = sources.load(spec(tmp_path / "a.parquet")).rows
+    monkeypatch.setattr(files, "SMALL_BYTES", 0)
+    assert sources.load(spec(tmp_path / "a.parquet")).rows == small == table.to_pylist()
 
 
 def test_what_a_parquet_file_says_of_its_size_is_believed_where_it_is_too_much(

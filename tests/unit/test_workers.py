@@ -1,5 +1,6 @@
 """Work in processes: the results in order, the first error, nothing left running."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from politune.data.workers import in_order
+from politune.data import workers
+from politune.data.workers import aside, in_order
 from politune.errors import DataError, MachineError
 
 
@@ -87,6 +89,38 @@ def test_parts_are_taken_as_they_are_needed() -> None:
     assert len(taken) < 12
     results.close()  # type: ignore[attr-defined]
     assert len(taken) < 12
+
+
+def begin(path: Path) -> int:
+    path.touch()
+    return os.getpid()
+
+
+def test_what_is_done_aside_has_begun_before_it_is_asked_for_and_leaves_nothing(tmp_path: Path) -> None:
+    before, begun = children(), tmp_path / "begun"
+    results = aside(begin, begun)
+    while not begun.exists():
+        time.sleep(0.01)
+    (process,) = results
+    assert process != os.getpid()
+    assert str(process) not in children() - before
+
+
+def test_one_core_does_nothing_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "cores", lambda: 1)
+    results = aside(begin, tmp_path / "begun")
+    assert not (tmp_path / "begun").exists()
+    assert list(results) == [os.getpid()]
+
+
+def has_pandas(_: int) -> bool:
+    importlib.import_module("sklearn.linear_model")
+    return "pandas" in sys.modules
+
+
+def test_scikit_learn_loads_no_pandas_in_a_process_of_ours() -> None:
+    assert importlib.util.find_spec("pandas"), "nothing to be left out"
+    assert list(aside(has_pandas, 0)) == [False]
 
 
 def test_one_thread_is_one_where_nothing_was_loaded_before() -> None:

@@ -35,6 +35,9 @@ BOMB_BYTES = 32 * 2**20
 BOMB_RATIO = 200
 """A file that unpacks to more than `BOMB_BYTES` and to `BOMB_RATIO` times its size is a decompression bomb: real text
 shrinks by a factor of 3 to 20."""
+SMALL_BYTES = 8 * 2**20
+"""Parquet files below that are read with their dictionaries as they are, which takes up to seven times as long. The budget of
+larger ones is more than a gigabyte."""
 ROWS_AT_ONCE = 256
 """Of a parquet file; fewer where they could unpack to more than the budget."""
 ROWS_OF_A_PART = 4096
@@ -578,6 +581,15 @@ def _text_bytes(column: Any) -> int:
     return int(column.nbytes)
 
 
+def _repeated_texts(path: Path) -> list[str]:
+    """The columns of a parquet file of which one row may hold many texts."""
+    from pyarrow import parquet
+
+    leaves = parquet.read_metadata(path).schema
+    found = map(leaves.column, range(len(leaves)))
+    return [leaf.path for leaf in found if leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY"]
+
+
 def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
     """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
     the file's size nor its own account of the unpacked size can be trusted."""
@@ -588,7 +600,9 @@ def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> I
     rows: list[dict[str, object]] = []
     first = before = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # A dictionary can make a gigabyte of one row: where it is left as it is, the row is counted before it is unpacked.
+        as_they_are = _repeated_texts(path) if size_bytes < SMALL_BYTES else None
+        with parquet.ParquetFile(path, read_dictionary=as_they_are) as file:
             columns = tuple(file.schema_arrow.names)
             sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
             if sum(sizes) > budget.limit_bytes:
