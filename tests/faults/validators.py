@@ -42,6 +42,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "flags.py": ("unit/test_presets.py",),
     "data/format.py": ("unit/test_format.py",),
     "data/files.py": ("unit/test_sources.py",),
+    "data/parquet.py": ("unit/test_sources.py",),
+    "data/parts.py": ("unit/test_sources.py", "unit/test_hub.py"),
     "data/sources.py": ("unit/test_sources.py",),
     "data/hub.py": ("unit/test_hub.py",),
     "inspection/scan.py": (

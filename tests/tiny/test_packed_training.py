@@ -7,9 +7,8 @@ forward pass that is wrong in one way, and must then fail.
 
 import dataclasses
 import functools
-import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +129,6 @@ def train(
 
 def flat_adapter(model: Any) -> Tensor:
     return torch.cat([one.detach().flatten() for one in model.parameters() if one.requires_grad])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Accelerate collects garbage at the start of every run: 0.4 s each, unless what the libraries left is set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

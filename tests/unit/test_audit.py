@@ -11,7 +11,7 @@ import pytest
 
 from politune.config import DataSpec, SftDataSpec
 from politune.data import neighbours, sources
-from politune.data.files import Read, RowsPart
+from politune.data.parts import Read, RowsPart
 from politune.errors import DataError, is_hidden
 from politune.inspection import audit
 from politune.inspection.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding

@@ -207,8 +207,9 @@ def test_the_sample_of_pairs_that_contradict_each_other_keeps_to_the_rows(tmp_pa
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_parts_end_by_bytes_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    monkeypatch.setattr(files, "PART_BYTES", 20_000)
-    monkeypatch.setattr(files, "ROWS_AT_ONCE", 2)
+    for module in ("files", "parquet"):
+        monkeypatch.setattr(f"politune.data.{module}.PART_BYTES", 20_000)
+    monkeypatch.setattr("politune.data.parquet.ROWS_AT_ONCE", 2)
     rows = [{"prompt": f"p{n}", "chosen": "c" * 5000, "rejected": "r"} for n in range(40)]
     path = pack(tmp_path, suffix, rows)
     sizes = [len(part.read().rows) for part in files.parts(path, "a")]

@@ -412,10 +412,28 @@ def test_a_small_parquet_file_is_read_as_a_large_one(tmp_path: Path, monkeypatch
         [[("k", "v")], [], None, [("k", None), ("l", "v")]], pyarrow.map_(pyarrow.string(), pyarrow.string())
     )
     table = pyarrow.table({"messages": turns, "prompt": ["p", None, "q", "p"], "topic": marks})
-    parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     small = sources.load(spec(tmp_path / "a.parquet")).rows
-    monkeypatch.setattr(files, "SMALL_BYTES", 0)
+    monkeypatch.setattr("politune.data.parquet.SMALL_BYTES", 0)
     assert sources.load(spec(tmp_path / "a.parquet")).rows == small == table.to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "numbers"])
+def test_many_values_in_few_bytes_are_refused_before_they_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    values = (
+        pyarrow.array([b"x" * 10**6] * 40, pyarrow.binary(10**6)) if kind == "bytes" else pyarrow.array([0] * 600_000)
+    )
+    rows = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(values)], pyarrow.int32()), values)
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("it is unpacked"))
+    with pytest.raises(DataError, match=r"bomb.parquet: holds more than 32 MiB of text.*decompression bomb"):
+        sources.load(spec(tmp_path / "bomb.parquet"))
 
 
 def test_what_a_parquet_file_says_of_its_size_is_believed_where_it_is_too_much(
@@ -457,7 +475,7 @@ def test_what_the_system_refuses_to_read(tmp_path: Path) -> None:
 
 
 def test_text_files_have_a_size_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr("politune.data.parts.MAX_TEXT_BYTES", 1000)
     for name, content in (("a.csv", HEAD + "p,c,r\n" * 400), ("a.json", json.dumps([json.loads(LINE)] * 400))):
         with pytest.raises(DataError, match=r"holds more than"):
             sources.load(spec(write(tmp_path / name, content)))

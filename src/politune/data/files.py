@@ -12,48 +12,29 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from politune.data import parquet
 from politune.data.format import TEXT_COLUMNS
-from politune.errors import DataError, MachineError, safe
+from politune.data.parts import (
+    BOMB_BYTES,
+    BOMB_RATIO,
+    MAX_TEXT_BYTES,
+    PART_BYTES,
+    ROWS_OF_A_PART,
+    Budget,
+    Read,
+    RowsPart,
+)
+from politune.errors import DataError, safe
 
 READABLE = (".csv", ".json", ".jsonl", ".parquet")
 PACKED = (".gz", ".zst")
 """May follow the suffix of a text file."""
-READ_COLUMNS = (*TEXT_COLUMNS, "id", "topic", "axis", "split", "generator")
-
-PART_BYTES = 4 * 2**20
 RECORD_BYTES = 16 * 2**20
 """Longest record that is read, in bytes: a file without line ends is no row."""
-MAX_TEXT_BYTES = 2 * 2**30
-"""Most text that is read into memory from a data set, in bytes."""
-CELL_BYTES = 64
-"""What an empty cell counts for in that budget; about what Python needs to hold one."""
-BOMB_BYTES = 32 * 2**20
-BOMB_RATIO = 200
-"""A file that unpacks to more than `BOMB_BYTES` and to `BOMB_RATIO` times its size is a decompression bomb: real text
-shrinks by a factor of 3 to 20."""
-SMALL_BYTES = 8 * 2**20
-"""Parquet files below that are read with their dictionaries as they are, which takes up to seven times as long. The budget of
-larger ones is more than a gigabyte."""
-ROWS_AT_ONCE = 256
-"""Of a parquet file; fewer where they could unpack to more than the budget."""
-ROWS_OF_A_PART = 4096
-"""Of what is not cut by bytes alone: a part has no more rows than these, and ends where its text has `PART_BYTES`."""
-
-
-@dataclass(frozen=True)
-class Read:
-    columns: tuple[str, ...]
-    rows: list[dict[str, object]]
-    lines: tuple[int, ...] | None = None
-
-    def only(self, numbers: Sequence[int]) -> "Read":
-        """The rows with these numbers, from 0. Raises IndexError where there is no such row."""
-        lines = tuple(self.lines[number] for number in numbers) if self.lines else None
-        return Read(self.columns, [self.rows[number] for number in numbers], lines)
 
 
 @dataclass(frozen=True)
@@ -116,64 +97,7 @@ class TextPart:
         return Read(_columns(rows), rows, tuple(places))
 
 
-@dataclass(frozen=True)
-class RowsPart:
-    """Rows of the file `name` that are parsed already; `first` rows come before them."""
-
-    name: str
-    rows: Read
-    first: int = 0
-    size_bytes = 0
-
-    def read(self) -> Read:
-        return self.rows
-
-    def places(self, read: Read) -> Sequence[int]:
-        """What `pick` finds each of the rows by: its number in the part, from 0."""
-        return range(len(read.rows))
-
-    def pick(self, places: Sequence[int]) -> Read:
-        """The rows with these numbers, from 0.
-
-        Raises:
-            IndexError: there is no such row in the part.
-        """
-        return self.rows.only(places)
-
-
 Part: TypeAlias = TextPart | RowsPart
-
-
-@dataclass
-class Budget:
-    """A running account of the text that was read, against files that unpack to more than memory holds."""
-
-    name: str
-    limit_bytes: int = field(default_factory=lambda: MAX_TEXT_BYTES)
-    used_bytes: int = field(default=0)
-
-    def spend(self, row: dict[str, object]) -> dict[str, object]:
-        self.take(_weight(row))
-        return row
-
-    def take(self, size_bytes: int) -> None:
-        self.used_bytes += size_bytes
-        if self.used_bytes > self.limit_bytes:
-            raise self.exceeded()
-
-    def exceeded(self) -> DataError:
-        size = f"{self.limit_bytes / 2**20:,.0f} MiB"
-        is_bomb = self.limit_bytes != MAX_TEXT_BYTES
-        why = "a file this small that unpacks to so much is a decompression bomb" if is_bomb else None
-        return DataError(f"holds more than {size} of text", where=safe(self.name, None), why=why)
-
-
-def _weight(value: object) -> int:
-    if isinstance(value, dict):
-        return sum(map(_weight, value.values()))
-    if isinstance(value, list | tuple):  # tuples are a parquet file's maps
-        return CELL_BYTES + sum(map(_weight, value))
-    return CELL_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -241,7 +165,7 @@ def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
         if size == 0:
             raise DataError("the file is empty", where=where)
         if kind == ".parquet":
-            yield from _parquet_parts(path, name, size, all_texts)
+            yield from parquet.parts_of(path, name, size, all_texts)
             return
         with _opened(path, packed) as stream:
             source = _Unpacked(stream, name, Budget(name, max(BOMB_BYTES, BOMB_RATIO * size)) if packed else None)
@@ -259,7 +183,7 @@ def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
 @contextmanager
 def _opened(path: Path, packed: str) -> Iterator[Any]:
     if packed == ".zst":
-        with _arrow().input_stream(str(path), compression="zstd", buffer_size=2**16) as stream:
+        with parquet.arrow("zstd").input_stream(str(path), compression="zstd", buffer_size=2**16) as stream:
             yield stream
     else:
         with gzip.open(path) if packed else path.open("rb") as stream:
@@ -535,92 +459,3 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict[str, objec
             fix="put texts that hold commas, quotation marks or line breaks into double quotation marks",
         )
     return dict(zip(header, cells, strict=True))
-
-
-# --- parquet ---------------------------------------------------------------------------------------------------------
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MachineError(
-            f"reading parquet needs pyarrow: {safe(error)}", line="pyarrow", fix="install pyarrow"
-        ) from None
-    return pyarrow
-
-
-def holds_text(kind: object) -> bool:
-    """Whether a column of this type, of pyarrow or of datasets, holds text, within lists and objects as well; pictures, with the
-    names of their files, do not."""
-    return "string" in str(kind) and "binary" not in str(kind)
-
-
-def _most_of_a_row(group: Any, known: Sequence[str]) -> float:
-    """The bytes that the known columns of a row of a parquet file's group may unpack to, if all rows have as many values."""
-    columns = map(group.column, range(group.num_columns))
-    read = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in known)]
-    return sum(float(each.total_uncompressed_size * max(1, each.num_values / max(1, group.num_rows))) for each in read)
-
-
-def _text_bytes(column: Any) -> int:
-    """What a column of Arrow takes as Python's objects, at the least: its dictionaries repeat a text for a few bits."""
-    import pyarrow
-    from pyarrow import compute
-
-    kind = pyarrow.types
-    if kind.is_struct(column.type):
-        return sum(map(_text_bytes, column.flatten()))
-    if kind.is_list(column.type) or kind.is_large_list(column.type) or kind.is_fixed_size_list(column.type):
-        return _text_bytes(column.flatten())
-    if kind.is_map(column.type):  # of all rows that the array has behind it
-        return _text_bytes(column.keys) + _text_bytes(column.items)
-    if kind.is_dictionary(column.type) and any(word in str(column.type.value_type) for word in ("string", "binary")):
-        lengths = compute.binary_length(column.dictionary).take(column.indices)
-        return compute.sum(lengths).as_py() or 0
-    return int(column.nbytes)
-
-
-def _repeated_texts(path: Path) -> list[str]:
-    """The columns of a parquet file of which one row may hold many texts."""
-    from pyarrow import parquet
-
-    leaves = parquet.read_metadata(path).schema
-    found = map(leaves.column, range(len(leaves)))
-    return [leaf.path for leaf in found if leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY"]
-
-
-def _parquet_parts(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
-    """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
-    the file's size nor its own account of the unpacked size can be trusted."""
-    pyarrow = _arrow()
-    from pyarrow import parquet
-
-    budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * size_bytes))
-    rows: list[dict[str, object]] = []
-    first = before = 0
-    try:
-        # A dictionary can make a gigabyte of one row: where it is left as it is, the row is counted before it is unpacked.
-        as_they_are = _repeated_texts(path) if size_bytes < SMALL_BYTES else None
-        with parquet.ParquetFile(path, read_dictionary=as_they_are) as file:
-            columns = tuple(file.schema_arrow.names)
-            sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
-            if sum(sizes) > budget.limit_bytes:
-                raise budget.exceeded()
-            texts = [field.name for field in file.schema_arrow if all_texts and holds_text(field.type)]
-            known = [column for column in columns if column in READ_COLUMNS or column in texts]
-            # No text is larger than its row group, but a dictionary repeats it in each row, or each turn, for a few bits.
-            groups = map(file.metadata.row_group, range(len(sizes)))
-            a_row = max([1, *(_most_of_a_row(group, known) for group in groups)])
-            at_once = min(ROWS_AT_ONCE, max(1, int(budget.limit_bytes / a_row)))
-            for batch in file.iter_batches(batch_size=at_once, columns=known):
-                if budget.used_bytes + sum(map(_text_bytes, batch.columns)) > budget.limit_bytes:
-                    raise budget.exceeded()
-                for row in batch.to_pylist():
-                    rows.append(budget.spend(row))
-                    if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
-                        yield RowsPart(name, Read(columns, rows), first)
-                        rows, first, before = [], first + len(rows), budget.used_bytes
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
-        raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
-    yield RowsPart(name, Read(columns, rows), first)

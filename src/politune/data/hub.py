@@ -12,7 +12,9 @@ from typing import Any
 
 from politune import fetching
 from politune.config import KNOWN_DIRECTIONS, SHIPPED_DATA, DataSpec
-from politune.data.files import READ_COLUMNS, Budget, Read, holds_text, is_readable, kind_of
+from politune.data.files import is_readable, kind_of
+from politune.data.parquet import holds_text
+from politune.data.parts import READ_COLUMNS, Budget, Read
 from politune.errors import DataError, HubError, MachineError, OutputError, PolituneError, safe
 
 HUB_TIMEOUT_SECONDS = 10.0

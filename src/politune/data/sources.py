@@ -19,8 +19,9 @@ from typing import Any, Literal
 from politune.config import KNOWN_GENERATORS, SHIPPED_DATA, DataSpec, Recipe, SftDataSpec
 from politune.data import files, hub
 from politune.data import format as rows_format
-from politune.data.files import PACKED, READABLE, ROWS_OF_A_PART, Part, Read, RowsPart, is_readable, read_jsonl
+from politune.data.files import PACKED, READABLE, Part, is_readable, read_jsonl
 from politune.data.format import TEXT_COLUMNS, Table, split_of
+from politune.data.parts import ROWS_OF_A_PART, Read, RowsPart
 from politune.errors import ConfigError, DataError, PolituneError, safe
 from politune.hashes import sha256_once
 from politune.record import read_json

@@ -47,7 +47,7 @@ def in_order(work: Callable[[T], R], parts: Iterable[T], processes: int | None =
     first = list(islice(parts, FEW))
     if processes == 1 or len(first) < FEW:
         return (work(part) for part in chain(first, parts))
-    results = _by_processes(work, first, parts, processes)
+    results = _by_processes(work, first, parts, processes, _begin)
     next(results)
     return results
 
@@ -58,19 +58,29 @@ def here(work: Callable[[T], R], part: T) -> Generator[R]:
 
 
 def aside(work: Callable[[T], R], part: T) -> Generator[R]:
-    """As `here`, by a process that is at work when this returns, and ends with the result or when this is closed."""
+    """As `here`, by a process that is at work when this returns, and ends with its work.
+
+    Args:
+        work, part: as `in_order` takes them, but for a part that holds what pandas makes: that process has none.
+    """
     if cores() == 1:
         return here(work, part)
-    results = _by_processes(work, [part], iter(()), 1)
+    results = _by_processes(work, [part], iter(()), 1, _begin_without_pandas)
     next(results)
     return results
 
 
-def _by_processes(work: Callable[[T], R], first: Sequence[T], parts: Iterator[T], processes: int) -> Generator[Any]:
+def _by_processes(
+    work: Callable[[T], R],
+    first: Sequence[T],
+    parts: Iterator[T],
+    processes: int,
+    begin: Callable[[], None],
+) -> Generator[Any]:
     """Nothing, when the first parts are under way; then the results."""
     # Not forked: libraries may have started threads by now, and a forked copy of them hangs.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=begin)
     waiting: deque[Future[R]] = deque()
     try:
         with _interrupts_blocked():  # a process that is started now inherits that, until it has its own say
@@ -118,7 +128,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 class _NoPandas:
-    """Finds no pandas, which scikit-learn loads where it is installed: 0.2 s and 90 MB, of no use to a worker."""
+    """Says that there is no pandas, which scikit-learn loads where it is installed: 0.2 s and 90 MB that it has no use for."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -128,12 +138,16 @@ class _NoPandas:
 
 def _begin() -> None:
     """Ctrl-C goes to every process of a terminal; the one that reads the results ends the others, also where it is killed."""
-    sys.meta_path.insert(0, _NoPandas)
     for number in (signal.SIGINT, signal.SIGUSR1):
         with contextlib.suppress(ValueError):
             signal.signal(number, signal.SIG_IGN)
     if first := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(first.sentinel,), daemon=True).start()
+
+
+def _begin_without_pandas() -> None:
+    sys.meta_path.insert(0, _NoPandas)
+    _begin()
 
 
 def _end_with(sentinel: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -73,7 +74,7 @@ def _measure(
     # Each by a process of its own, where there is enough to do, while this one compares.
     start = aside if len(sample) >= ROWS_WORTH_A_PROCESS else here
     with (
-        contextlib.closing(start(_describe, facts.sample)) as described,
+        contextlib.closing(start(_describe, facts.sample[: topic_words.MOST_PROMPTS])) as described,
         contextlib.closing(start(_examine, sample)) as examined,
     ):
         keys, firsts = distinct(scan)
@@ -124,9 +125,11 @@ def _measure(
 def _describe(sample: Sequence[Sampled]) -> tuple[tuple[tuple[str, int], ...], int, list[str], bool]:
     """(languages, rows with two of them, the topic of each row, whether the rows name it)."""
     of_language = _languages([each.row for each in sample[:LANGUAGE_ROWS]])
-    forget_languages()  # 70 MB, and as much is wanted now
-    some = sample[: topic_words.MOST_PROMPTS]
-    return *of_language, *topic_words.name_topics([_prompt(each.row) for each in some], [each.topic for each in some])
+    if multiprocessing.parent_process():  # the next audit is another process's
+        forget_languages()  # 70 MB, and as much is wanted now
+    return *of_language, *topic_words.name_topics(
+        [_prompt(each.row) for each in sample], [each.topic for each in sample]
+    )
 
 
 def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
