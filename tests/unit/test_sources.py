@@ -475,7 +475,8 @@ def test_what_the_system_refuses_to_read(tmp_path: Path) -> None:
 
 
 def test_text_files_have_a_size_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("politune.data.parts.MAX_TEXT_BYTES", 1000)
+    for module in ("parts", "files"):
+        monkeypatch.setattr(f"politune.data.{module}.MAX_TEXT_BYTES", 1000)
     for name, content in (("a.csv", HEAD + "p,c,r\n" * 400), ("a.json", json.dumps([json.loads(LINE)] * 400))):
         with pytest.raises(DataError, match=r"holds more than"):
             sources.load(spec(write(tmp_path / name, content)))
