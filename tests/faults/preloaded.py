@@ -1,6 +1,7 @@
 """What a forked child finds imported and built: all that a run needs, so that a trial takes half a second in place of ten.
 
-What comes before, the imports, is met by the cold quarter of the signals (`kills`) alone."""
+What comes before, the imports, is met by the cold quarter of the signals (`kills`) alone.
+"""
 
 import gc
 import importlib

@@ -1,6 +1,7 @@
 """Rows of a parquet file, a few at a time, within bounds that the file's own account cannot move."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SMALL_BYTES = 4 * 2**20
 """Parquet whose packed texts have fewer bytes is read with its dictionaries as they are, which takes longer; the budget of larger
 ones is near a gigabyte."""
 ROWS_AT_ONCE = 256
-"""Of a parquet file; fewer where they could unpack to more than the budget."""
+"""Fewer where they could unpack to more than the budget."""
 
 
 def arrow(kind: str) -> Any:
@@ -108,9 +109,11 @@ class _Leaves:
         self.groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         self.found: list[tuple[int, str, Any]] = []
         """(number of a leaf, the column that it is of, what the schema says of it)."""
+        names = frozenset(known)
         for number in range(len(metadata.schema)):
             leaf = metadata.schema.column(number)
-            self.found += [(number, column, leaf) for column in known if f"{leaf.path}.".startswith(f"{column}.")][:1]
+            begins = accumulate(leaf.path.split("."), "{}.{}".format)  # a name may hold a full stop as well
+            self.found += [(number, begin, leaf) for begin in begins if begin in names][:1]
 
     def _sum(self, attribute: str) -> int:
         return sum(getattr(group.column(number), attribute) for group in self.groups for number, _, _ in self.found)
@@ -149,9 +152,7 @@ class _Leaves:
         """
         numbers = [number for number, _, _ in self.found if number not in kept]
 
-        def of(group: Any) -> float:
-            each = map(group.column, numbers)
-            times = (max(1.0, one.num_values / max(1, group.num_rows)) for one in map(group.column, numbers))
-            return float(sum(one.total_uncompressed_size * more for one, more in zip(each, times, strict=True)))
+        def of(group: Any, leaf: Any) -> float:
+            return float(leaf.total_uncompressed_size * max(1, leaf.num_values / max(1, group.num_rows)))
 
-        return max(map(of, self.groups), default=0.0)
+        return max((sum(of(group, group.column(number)) for number in numbers) for group in self.groups), default=0)
