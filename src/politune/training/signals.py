@@ -21,6 +21,14 @@ Not so Ctrl-C where nothing launched this process: who presses it twice means it
 """
 
 
+class Stop(KeyboardInterrupt):
+    """Not an Exception: a library that catches those, while it loads a model, would go on or blame the file.
+
+    And no plain KeyboardInterrupt: of one that passes through an `exec` of text, as data classes are made by, CPython remembers
+    that it came, and ends the process by SIGINT whatever its exit code is to be.
+    """
+
+
 class StopRequest:
     """Whether a signal asked the run to stop, and which one: an announced end counts as SIGTERM."""
 
@@ -40,8 +48,7 @@ class StopRequest:
         self._announced = announces
         self.signal_number, self._came = number, time.monotonic()
         if again or not self.inside_training:
-            # Not an Exception: a library that catches those, while it loads a model, would go on or blame the file.
-            raise KeyboardInterrupt
+            raise Stop
 
     def _is_same(self, number: int) -> bool:
         may_be_handed_on = number != signal.SIGINT or "RANK" in os.environ
