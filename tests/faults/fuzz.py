@@ -1,7 +1,8 @@
 """Presets and data files of all kinds of rubbish: read, or refused with an exit code of the table; no bug, no great memory.
 
-All cases of a kind run one after the other in one process, which has torch in no part of it: what it takes at most is then what
-the worst file takes. A case is drawn from the seed and its number alone, so that one of them can be made again by hand.
+Half the cases of a kind run one after the other in one process, which has torch in no part of it. What it takes at most is what
+the worst file takes and what the cases before left, libraries above all: one that takes too much is tried again, by itself. A
+case is drawn from the seed and its number alone, so that one of them can be made again by hand.
 """
 
 import csv
@@ -61,8 +62,17 @@ def _figure(what: str, shares: Sequence[range], parts: Sequence[dict[str, Any] |
 
 
 def _part(kind: str, place: Path, share: range) -> dict[str, Any]:
-    """A share of the cases, in a process of their own: what is wrong with each, how often which exit code, and the memory."""
-    work = place / str(share.start)
+    """What is wrong with each case of a share, how often which exit code, and the memory."""
+    report = _in_a_process(kind, place, share)
+    for number in report["large"]:
+        alone = _in_a_process(kind, place, range(number, number + 1))
+        report["found"][number - share.start] = alone["found"][0]
+        report["bytes"] = max(report["bytes"], alone["bytes"])
+    return report
+
+
+def _in_a_process(kind: str, place: Path, share: range) -> dict[str, Any]:
+    work = place / f"{share.start}-{share.stop}"
     work.mkdir()
     environment = {**os.environ, "HOME": str(work), "XDG_CACHE_HOME": str(work), "POLITUNE_CACHE": str(work / "none")}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(work), "HF_HUB_OFFLINE": "1"}
@@ -78,23 +88,27 @@ def main() -> None:
     """`python -m faults.fuzz presets 17 18` is case 17 again, in the directory where it is started; the file stays there."""
     kind, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    found, codes, most = list[str | None](), Counter[str](), 0
+    found, codes, most, large = list[str | None](), Counter[str](), 0, list[int]()
+    is_alone = stop - start == 1
     for number in range(start, stop):
         wrong = []
-        for words in _write(kind, number, keep=stop - start == 1):
+        for words in _write(kind, number, keep=is_alone):
             _forget_memory()
             ended = run_here(words)
             codes[str(ended.code)] += 1
             faults = faults_of(ended, CODES)
             if "torch" in sys.modules:
                 faults.append("torch is imported")
-            most = max(most, _most_bytes())
-            if _most_bytes() > MOST_BYTES:
-                faults.append(f"takes {_most_bytes() / 1e6:.0f} MB")
+            size = _most_bytes()
+            if size > MOST_BYTES and not is_alone:
+                large.append(number)
+            else:
+                most = max(most, size)
+                faults += [f"takes {size / 1e6:.0f} MB"] * (size > MOST_BYTES)
             if faults:
                 wrong.append(f"({' '.join(words)}) {'; '.join(faults)[:400]}")
         found.append(f"{kind} case {number} {'; '.join(wrong)}" if wrong else None)
-    sys.stdout.write(json.dumps({"found": found, "codes": codes, "bytes": most}))
+    sys.stdout.write(json.dumps({"found": found, "codes": codes, "bytes": most, "large": large}))
 
 
 def _forget_memory() -> None:
