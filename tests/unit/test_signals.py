@@ -1,8 +1,94 @@
-"""What asks a command to stop, and how it ends then."""
+"""A signal asks once, however many processes hand it on; a second request leaves at once."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from politune.errors import Interrupted
+from politune.training import signals
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_the_same_signal_handed_on_twice_is_one_request() -> None:
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        for _ in range(3):
+            send(signal.SIGTERM)
+        assert request.signal_number == signal.SIGTERM
+
+
+def test_a_second_request_leaves_at_once() -> None:
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGINT)
+        time.sleep(signals.SAME_REQUEST_SECONDS + 0.05)
+        send(signal.SIGINT)
+        pytest.fail("the second one was not heeded")
+    assert caught.value.exit_code == 130
+
+
+def test_another_signal_is_another_request() -> None:
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
+def test_outside_of_training_the_first_one_leaves() -> None:
+    with pytest.raises(Interrupted), signals.caught("politune train"):
+        send(signal.SIGTERM)
+        pytest.fail("it was not heeded")
+
+
+def test_an_announced_end_is_one_request_with_what_follows() -> None:
+    """A queue sends SIGUSR1, and SIGTERM when its patience ends; the run leaves as after SIGTERM."""
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGUSR1)
+        assert request.signal_number == signal.SIGTERM
+        time.sleep(signals.SAME_REQUEST_SECONDS + 0.05)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGINT)
+        send(signal.SIGUSR1)  # nobody pressed twice
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGUSR1)
+        send(signal.SIGINT)
+        pytest.fail("somebody wants it to leave now")
+    assert caught.value.exit_code == 130
+
+
+def test_a_time_of_ones_own_asks_once_and_not_afterwards() -> None:
+    with signals.caught("politune train", stop_after=0.2 / 60) as request:
+        request.inside_training = True
+        time.sleep(0.5)
+        assert request.signal_number == signal.SIGTERM
+    before = signal.getsignal(signal.SIGUSR1)
+    with signals.caught("politune train", stop_after=0.2 / 60) as request:
+        request.inside_training = True
+    time.sleep(0.5)
+    assert request.signal_number is None
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_outside_of_training_an_announced_end_leaves() -> None:
+    with pytest.raises(Interrupted) as caught, signals.caught("politune train"):
+        send(signal.SIGUSR1)
+        pytest.fail("it was not heeded")
+    assert caught.value.exit_code == 143
+
 
 COMMAND = """
 import sys
