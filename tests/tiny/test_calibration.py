@@ -1,7 +1,7 @@
 """What a calibration predicts beside what the real thing takes."""
 
 import json
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ SHAPE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "vocab_size": 200, "tie_word_embeddings": True, "max_position_embeddings": 512,
 }  # fmt: skip
-NAPPING_SECONDS = 0.006
+LAYER_SECONDS, BESIDE_SECONDS = 0.5, 3.0
 
 
 def asked_of(method: str, layers: int, *, tokens_per_call: int | None = 512, **train: object) -> dict[str, Any]:
@@ -66,27 +66,34 @@ def test_every_kind_of_run_has_a_stand_in(
 def test_a_step_of_all_layers_follows_from_a_part_of_them(
     tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers that take a nap when they compute: those of 20 are predicted from 8 and 2 of them.
+    """By a clock that counts what is computed: layers, and what a pass takes beside them; 20 follow from 8 and 2 of them.
 
-    Not to be mistaken for the 8 layers alone, which take 0.4 of the time; a busy machine may be off by a quarter.
+    The 8 layers alone would say 0.4 of the time, and without what is beside them 20 / 8 of it would be too much.
     """
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-    compute, naps = LlamaDecoderLayer.forward, []
+    seconds = Counter[str]()
 
-    def napping(self: Any, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(NAPPING_SECONDS)
-        naps.append(1)
-        return compute(self, *args, **kwargs)
+    def counted(kind: Any, name: str, each: float) -> None:
+        compute = kind.forward
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", napping)
+        def computing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            seconds[name] += each  # type: ignore[assignment]
+            return compute(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", computing)
+
+    counted(LlamaDecoderLayer, "layers", LAYER_SECONDS)
+    counted(LlamaModel, "beside", BESIDE_SECONDS)
+    monkeypatch.setattr(stand_in, "_now", seconds.total)
     measured = stand_in.measure(asked_of("dpo", 20), tmp_path / "few")
-    assert len(naps) > 0
     monkeypatch.setattr(stand_in, "MOST_LAYERS", 20)
     whole = stand_in.measure(asked_of("dpo", 20), tmp_path / "all")
-    for name, seconds in whole.items():
-        assert seconds and seconds > 20 * NAPPING_SECONDS, "all layers took their nap"
-        assert measured[name] == pytest.approx(seconds, rel=0.45)
+    for name, taken in whole.items():
+        assert taken
+        passes = taken / (20 * LAYER_SECONDS + BESIDE_SECONDS)
+        assert passes == pytest.approx(round(passes)) and passes >= 1, "every layer is in every pass"
+        assert measured[name] == pytest.approx(taken)
 
 
 def test_the_extrapolation_is_a_straight_line() -> None:

@@ -173,19 +173,19 @@ BAD = [
 def test_errors_name_the_culprit_fast(
     words: str, code: int, culprit: str, guarded: dict[str, str], tmp_path: Path
 ) -> None:
-    """Under the guard, so before anything heavy; one message, no traceback, and within a second (best of two: noise)."""
+    """Under the guard, so before anything heavy; one message, no traceback, and within a second (the best of a few: noise)."""
     for name, text in BAD_FILES.items():
         (tmp_path / name).write_text(text)
-    seconds = []
-    for _ in range(2):
+    for _ in range(5):
         started = time.monotonic()
         done = run(words, guarded, tmp_path)
-        seconds.append(time.monotonic() - started)
+        if (seconds := time.monotonic() - started) < 1:
+            break
     assert done.returncode == code, done.stderr
     assert culprit in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert min(seconds) < 1.0
+    assert seconds < 1
 
 
 def test_both_spellings_and_lists(guarded: dict[str, str]) -> None:
