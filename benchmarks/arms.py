@@ -158,6 +158,7 @@ def run_profile(options: argparse.Namespace) -> dict[str, Any]:
     from politune import presets
     from politune.config import GROUPS, DpoRun
     from politune.training import run, session
+    from politune.training.signals import caught
 
     values = {**politune_settings(options), "output_dir": str(options.out.with_suffix(".run"))}
     fields: Any = DpoRun.model_fields
@@ -177,7 +178,8 @@ def run_profile(options: argparse.Namespace) -> dict[str, Any]:
         )[:40]
 
     session_type.train = profiled
-    run.train(resolved, offline=True, quiet=True, say=lambda line: None, show=lambda plan: None)
+    with caught("politune train --resume") as stop:
+        run.train(resolved, stop=stop, offline=True, quiet=True, say=lambda line: None, show=lambda plan: None)
     return measured
 
 

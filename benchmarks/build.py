@@ -1,9 +1,9 @@
 """`politune data build` on made-up rows: speed, memory, what balancing keeps, and the same bytes however it is run.
 
-    python benchmarks/build.py [FOLDER] [--rows 1000000] [--kills 5]
+    python benchmarks/build.py [FOLDER] [--rows 1000000] [--kills 5] [--slow-rows 20000] [--only-slow]
 
 The rows are those of benchmarks/rows.py and are kept in FOLDER (default: a new one under the temporary directory). Every build is
-a process of its own. Writes benchmarks/BUILD.md.
+a process of its own. Writes benchmarks/BUILD.md; with --only-slow, its last section alone: the steps that take more time per row.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ import watched
 
 PAGE = Path(__file__).with_name("BUILD.md")
 SMALL = 100_000
+AS_THEY_ARE = "as they are"
 RECIPES = {
-    "as they are": "",
+    AS_THEY_ARE: "",
     "half of the chosen answers longer": "[balance]\nchosen_longer = 0.5\n",
     "differences balanced by size": "[balance]\nlengths = true\n",
     "as many rows of every topic, sides balanced": (
@@ -39,6 +40,12 @@ RECIPES = {
     ),
 }
 BALANCED = "half of the chosen answers longer"
+SLOW = {
+    "one language kept": '[[filter.keep]]\nfield = "language"\npattern = "eo|unclear"\n',
+    "near-duplicates left out": "[filter]\nnear_duplicates = true\n",
+    "matched with a twin of as many rows": '[match]\ntwin = "{twin}"\n',
+}
+SLOW_HEADING = "\n## Steps that take more time per row\n"
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Done:
     report: dict[str, object]
 
 
-def recipe(folder: Path, data: Path, name: str, direction: str = "as-is") -> Path:
-    path = folder / f"{list(RECIPES).index(name)}-{data.stem}-{direction}.toml"
-    path.write_text(f'[[source]]\nname = "{data}"\ndirection = "{direction}"\n{RECIPES[name]}', encoding="utf-8")
+def recipe(folder: Path, data: Path, name: str, direction: str = "as-is", twin: Path | None = None) -> Path:
+    known = RECIPES | SLOW
+    path = folder / f"{list(known).index(name)}-{data.stem}-{direction}.toml"
+    text = known[name].replace("{twin}", str(twin))
+    path.write_text(f'[[source]]\nname = "{data}"\ndirection = "{direction}"\n{text}', encoding="utf-8")
     return path
 
 
@@ -102,13 +111,29 @@ def papers(out: Path) -> list[str]:
     return [digest(out.with_name(out.name + suffix)) for suffix in ("", ".manifest.json", ".md")]
 
 
-def speeds(folder: Path, data: Path, say: Callable[[str], None]) -> None:
+def speeds(
+    folder: Path, data: Path, say: Callable[[str], None], names: Iterable[str] = RECIPES, twin: Path | None = None
+) -> None:
     say("\n| recipe | rows written | seconds | rows a second | seconds of processors |\n|---|---|---|---|---|\n")
     count = sum(1 for _ in data.open("rb"))
-    for name in RECIPES:
-        done = build(recipe(folder, data, name), folder / "speed.jsonl")
+    for name in names:
+        done = build(recipe(folder, data, name, twin=twin), folder / "speed.jsonl")
         rate = count / done.seconds
         say(f"| {name} | {done.report['rows']:,} | {done.seconds:.1f} | {rate:,.0f} | {done.cpu_seconds:.1f} |\n")
+
+
+def slow(folder: Path, count: int, say: Callable[[str], None]) -> None:
+    """What asks for a language of each row, for its texts once more, or for another file."""
+    files = [folder / f"slow-{count}.jsonl", folder / f"twin-{count}.jsonl"]
+    for path, near, longer, seed in zip(files, (0.01, 0.0), (0.86, 0.70), (1, 2), strict=True):
+        if not path.exists():
+            rows.write(path, count, near, longer, seed)
+    say(
+        f"{SLOW_HEADING}\nWritten by `python benchmarks/build.py --slow-rows {count} --only-slow` (Python "
+        f"{platform.python_version()}, {len(os.sched_getaffinity(0))} cores, load before: {os.getloadavg()[0]:.1f}). "
+        f"{count:,} made-up rows, 1 % of them nearly another one; the first line is the same rows without such a step.\n"
+    )
+    speeds(folder, files[0], say, (AS_THEY_ARE, *SLOW), files[1])
 
 
 def memories(folder: Path, files: Sequence[Path], say: Callable[[str], None]) -> None:
@@ -165,9 +190,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--slow-rows", type=int, default=20_000)
+    parser.add_argument("--only-slow", action="store_true")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="politune-build-"))
     folder.mkdir(parents=True, exist_ok=True)
+    if options.only_slow:
+        section: list[str] = []
+        slow(folder, options.slow_rows, section.append)
+        before = PAGE.read_text(encoding="utf-8").partition(SLOW_HEADING)[0]
+        PAGE.write_text(before + "".join(section), encoding="utf-8")
+        return
     files = []
     for count in (min(SMALL, options.rows), options.rows):
         files.append(folder / f"rows-{count}.jsonl")
@@ -192,6 +225,7 @@ def main() -> None:
     balance(folder, files[-1], say)
     identity(folder, files[-1], options.kills, say)
     say(f"\nLoad of the machine before: {load:.1f}. Above 1, the seconds on the clock are other programs', too.\n")
+    slow(folder, options.slow_rows, say)
     PAGE.write_text("".join(lines), encoding="utf-8")
 
 

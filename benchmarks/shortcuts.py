@@ -4,13 +4,17 @@ python benchmarks/shortcuts.py [SETS]
 
 Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands on the chosen side in 60 % of the rows. Where the
 texts have of their own what is planted, the feature is right in fewer of them: both are shown for commas. The
-set without one is, in turns, such sentences and the shipped stances with their sides shuffled. Writes benchmarks/SHORTCUTS.md.
+set without one is, in turns, such sentences and the shipped stances with their sides shuffled. Intervals are those of the
+forensics of whole sets, four times as many: on shuffled ones the truth is 50 %, on planted ones the mean accuracy over all sets,
+which is what is to be expected of a set of this size. Arms are random halves of one set. Writes benchmarks/SHORTCUTS.md.
 """
 
+import json
 import math
 import platform
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
+from politune import presets
+from politune.chance import estimate
 from politune.config import DataSpec
 from politune.data import sources
 from politune.data.format import to_preference_rows
+from politune.inspection import inspect
 from politune.inspection.features import FUNCTION_WORDS
-from politune.inspection.shortcuts import Pair, estimate, examine
+from politune.inspection.shortcuts import Pair, examine
 
 PAGE = Path(__file__).with_name("SHORTCUTS.md")
 ROWS, SHARE = 1000, 0.6
@@ -78,6 +85,14 @@ PLANTS: dict[str, Callable[[str, str, random.Random], tuple[str, str]]] = {
     "one word somewhere": lambda text, other, draw: (_insert(text, "liberty", draw), other),
     "a closing word": lambda text, other, draw: (f"{text} Indeed.", f"{other} Truly."),
 }
+COPIES = "nothing; a tenth of the rows are others' answers under prompts of their own"
+EVERY = "an opening, a word and a closing word"
+"""A shortcut for each feature that learns."""
+PLANTED_IN_ARMS: dict[str, Callable[[str], str]] = {
+    "nothing: random halves of one set": lambda text: text,
+    "a line break at the beginning of every answer of one half": lambda text: "\n" + text,
+    "quotation marks around every answer of one half": lambda text: f'"{text}"',
+}
 
 
 def _insert(text: str, word: str, draw: random.Random) -> str:
@@ -86,13 +101,22 @@ def _insert(text: str, word: str, draw: random.Random) -> str:
     return " ".join(words)
 
 
+def _every(text: str, other: str, draw: random.Random) -> tuple[str, str]:
+    return f"Well, I think {_insert(text, 'liberty', draw)} Indeed.", f"So, I feel {other} Truly."
+
+
 def planted(name: str | None, seed: int) -> list[Pair]:
     draw = random.Random(f"{name} {seed}")
-    pairs = []
+    plant = None if name in (None, COPIES) else {**PLANTS, EVERY: _every}[str(name)]
+    pairs: list[Pair] = []
     for row in range(ROWS):
+        if name == COPIES and row >= 0.9 * ROWS:
+            copied = draw.choice(pairs)
+            pairs.append(Pair(f"prompt {row}", copied.chosen, copied.rejected))
+            continue
         one, two = answer(draw), answer(draw)
-        if name is not None:
-            one, two = PLANTS[name](one, two, draw)
+        if plant is not None:
+            one, two = plant(one, two, draw)
             if draw.random() >= SHARE:
                 one, two = two, one
         pairs.append(Pair(f"prompt {row}", one, two))
@@ -109,6 +133,44 @@ def names_one(case: tuple[str | None, int]) -> bool:
     name, seed = case
     pairs = shuffled_stances(seed) if name is None and seed % 2 else planted(name, seed)
     return bool(examine(pairs).found)
+
+
+def estimates(case: tuple[str | None, int]) -> dict[str, tuple[float, float, float, float]]:
+    """By feature: its accuracy, its interval, and the share of rows that it decides."""
+    return {
+        each.feature: (each.estimate.accuracy, each.estimate.low, each.estimate.high, each.decided)
+        for each in examine(planted(*case)).shortcuts
+    }
+
+
+def coverage(of_sets: list[dict[str, tuple[float, float, float, float]]], true: float | None) -> dict[str, str]:
+    """By feature that decides anything: the true accuracy, and the share of sets whose interval holds it."""
+    found = {}
+    for feature in of_sets[0]:
+        accuracies, lows, highs, decided = np.array([each[feature] for each in of_sets]).T
+        truth = float(accuracies.mean()) if true is None else true
+        if decided.any():
+            found[feature] = f"{truth:.1%} | {((lows <= truth) & (truth <= highs)).mean():.1%}"
+    return found
+
+
+def are_matched(case: tuple[str, int]) -> bool:
+    """Whether two arms are called matched that are halves of one set of made-up sentences, one of them changed."""
+    name, seed = case
+    pairs = planted(None, 10_000 + seed)
+    random.Random(seed).shuffle(pairs)
+    with tempfile.TemporaryDirectory() as place:
+        paths = [Path(place, f"{number}.jsonl") for number in range(2)]
+        for path, half, change in zip(
+            paths, (pairs[::2], pairs[1::2]), (lambda text: text, PLANTED_IN_ARMS[name]), strict=True
+        ):
+            rows = [{"prompt": p.prompt, "chosen": change(p.chosen), "rejected": change(p.rejected)} for p in half]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        names = list(map(str, paths))
+        run = presets.resolve("dpo", None, {"data.dataset_name": names[0], "model.model_name_or_path": "./nowhere"}).run
+        found = inspect.inspect(run, names, offline=True, say=lambda line: None).arms
+    assert found is not None
+    return not found.unmatched
 
 
 def covered(rows: int, share: float, prompts: int, ties: float, sets: int) -> float:
@@ -136,10 +198,28 @@ def main() -> None:
         f"\n| planted on the chosen side in {SHARE:.0%} of {ROWS:,} rows | sets in which a shortcut is named |\n|---|---|\n",
     ]
     with ProcessPoolExecutor(2) as pool:
-        for name in (None, *PLANTS):
+        for name in (None, COPIES, *PLANTS):
             found = sum(pool.map(names_one, [(name, seed) for seed in range(sets)]))
             lines.append(f"| {name or 'nothing; half of the sets are the stances, shuffled'} | {found} of {sets} |\n")
             print(lines[-1], end="", flush=True)
+        lines.append(
+            f"\nHow many of the 95 % intervals hold the truth, {4 * sets:,} sets of {ROWS:,} rows each. What learns is to have "
+            "too wide an interval rather than too narrow a one.\n\n| feature | shuffled: the truth | intervals that hold it | "
+            f"{EVERY}: the truth | intervals that hold it |\n|---|---|---|---|---|\n"
+        )
+        shuffled, told = (
+            coverage(list(pool.map(estimates, [(name, 1000 + seed) for seed in range(4 * sets)])), true)
+            for name, true in ((None, 0.5), (EVERY, None))
+        )
+        for feature in sorted({*shuffled, *told}):
+            lines.append(f"| {feature} | {shuffled.get(feature, '- | -')} | {told.get(feature, '- | -')} |\n")
+            print(lines[-1], end="", flush=True)
+        lines.append(f"\n| two arms of {ROWS // 2} rows | called matched |\n|---|---|\n")
+        for arm in PLANTED_IN_ARMS:
+            matched = sum(pool.map(are_matched, [(arm, seed) for seed in range(sets)]))
+            lines.append(f"| {arm} | {matched} of {sets} |\n")
+            print(lines[-1], end="", flush=True)
+    lines.append("\nThe interval by itself, of drawn values whose rows of one prompt lean the same way:\n")
     lines.append("\n| rows | prompts | true accuracy | ties | intervals that hold it |\n|---|---|---|---|---|\n")
     for rows, prompts in ((1000, 1000), (1000, 300), (200, 200)):
         for share, ties in ((0.5, 0.0), (0.6, 0.0), (0.86, 0.0), (0.6, 0.8)):

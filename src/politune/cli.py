@@ -5,32 +5,46 @@ The settings of a run are not listed here: each field of `politune.config` becom
 
 import contextlib
 import errno
+import io
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from politune import __version__, presets, report
+from politune import __version__, interrupts, presets, report
 from politune.config import ANSWER_TOKENS, SHIPPED_DATA, DataSpec, DpoRun, Run, SftRun
-from politune.errors import ConfigError, DataError, MachineError, OutputError, PolituneError, safe, without_secrets
+from politune.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    MachineError,
+    OutputError,
+    PolituneError,
+    safe,
+    without_secrets,
+)
 from politune.flags import kebab, normalise, with_settings
 from politune.training.processes import is_main_process
 
 
 class _Commands(TyperGroup):
-    """Typer repeats the words that it cannot make sense of, hidden characters included."""
+    """Typer repeats the words that it cannot make sense of, hidden characters included; of Ctrl-C it says nothing."""
 
     def invoke(self, ctx: Any) -> Any:
+        interrupts.raise_again()
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", signal_number=signal.SIGINT) from None
         except Exception as error:
             if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
                 error.message = safe(error.message, None)  # type: ignore[attr-defined]
@@ -75,12 +89,24 @@ Measure = Annotated[
         "--measure", help="When the run is done, measure how far it moved the model's lean (`politune measure`)."
     ),
 ]
+MOST_MINUTES = 60 * 24 * 60
+"""No queue gives more than two months, and a timer takes no endless time."""
+
+
+def _minutes(text: str) -> float:
+    """A range of Typer's would let NaN pass."""
+    with suppress(ValueError):
+        if 0.1 <= float(text) <= MOST_MINUTES:
+            return float(text)
+    raise typer.BadParameter(f"{text} is no number of minutes from 0.1 to {MOST_MINUTES} (60 days)")
+
+
 StopAfter = Annotated[
     float | None,
     typer.Option(
         "--stop-after",
         metavar="MINUTES",
-        min=0.1,
+        parser=_minutes,
         help="After so many minutes, save and leave as after SIGTERM: for queues with a time limit.",
     ),
 ]
@@ -109,6 +135,9 @@ def _report_unforeseen(error: Exception) -> int:
         name, again = safe(error.name), "install politune again: pip install politune"
         _complain(f"the library {name} is missing. {again}; `politune doctor` shows the libraries")
         return MachineError.exit_code
+    if "KeyboardInterrupt" in str(error):  # Ctrl-C while pydantic builds a schema, which says that it cannot be built
+        _complain("interrupted")
+        return 128 + signal.SIGINT
     if isinstance(error, MemoryError):
         _complain("this machine has too little free memory for it; `politune doctor` shows it under memory")
         return MachineError.exit_code
@@ -123,18 +152,25 @@ def _report_unforeseen(error: Exception) -> int:
         _complain(f"{safe(named)}: there is no such home directory")
         return ConfigError.exit_code
     what = f"this is a bug in politune: {type(error).__name__}: {safe(error)}"
-    _complain(f"{what}\nthe traceback is in {_write_traceback()}")
+    try:
+        where = f"the traceback is in {_write_traceback()}"
+    except OSError as refusal:
+        where = f"its traceback could not be written: {refusal.strerror}"
+    _complain(f"{what}\n{where}")
     return 1
 
 
 def _prepare_environment() -> None:
     """Streams that can be written to, and what the libraries read when they are imported: no telemetry, no bars."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open as long as the process
-        elif hasattr(getattr(sys, name), "reconfigure"):
+        elif hasattr(stream, "reconfigure"):
             with contextlib.suppress(OSError):  # a caller put another file into the stream's place
-                getattr(sys, name).reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors="backslashreplace")
+                if stream is getattr(sys, f"__{name}__"):
+                    setattr(sys, name, _whoever_reads(stream))
     for name in (
         "HF_HUB_DISABLE_TELEMETRY",
         "DO_NOT_TRACK",
@@ -146,6 +182,28 @@ def _prepare_environment() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Pipe(io.FileIO):
+    """That nobody reads any more (`| head`) is no error of the command; a full disk is one once, and not at exit again."""
+
+    has_failed = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not (self.has_failed or isinstance(error, BrokenPipeError)):
+                self.has_failed = True
+                raise
+            return memoryview(data).nbytes
+
+
+def _whoever_reads(stream: Any) -> TextIO:
+    """The same stream, which takes what is written after its reader has left."""
+    pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+    lines = stream.line_buffering or stream.write_through  # the second: python -u
+    return io.TextIOWrapper(pipe, encoding=stream.encoding, errors=stream.errors, line_buffering=lines)
 
 
 def _complain(text: str) -> None:
@@ -235,7 +293,14 @@ def _train(
     resolved: presets.Resolved, calibrate: bool, measure: bool, stop_after: float | None, resume: bool, offline: bool,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    with _stdout_reserved():
+    from politune.training.processes import resuming
+    from politune.training.signals import caught
+
+    # What comes while the libraries are imported is not lost either: Python may drop what a handler raises there.
+    with (
+        _stdout_reserved(),
+        caught(resuming(shlex.join(["politune", *sys.argv[1:]])), stop_after=stop_after) as stop,
+    ):
         from politune.training import run as training
 
         result = training.train(
@@ -245,10 +310,9 @@ def _train(
             quiet=quiet,
             calibrate=calibrate,
             measure=measure,
-            stop_after=stop_after,
+            stop=stop,
             say=_say(quiet),
             show=lambda estimate: None if quiet else report.show(estimate, as_json=False, file=sys.stderr),
-            words=shlex.join(["politune", *sys.argv[1:]]),
         )
     if is_main_process():
         report.show(result, as_json=as_json)

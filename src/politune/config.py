@@ -216,12 +216,39 @@ def joined_direction(found: set[str]) -> str:
 
 
 class RuleSpec(_Spec):
-    field: Literal["prompt", "chosen", "rejected", "topic", "language"]
-    """What is looked at; the row's language is an ISO 639-1 code, or `unclear` for what is too short to tell."""
-    pattern: Annotated[str, AfterValidator(_compiles)]
+    field: Annotated[str, because("an empty name is no column", min_length=1)]
+    """What is looked at: `prompt`, `chosen`, `rejected`, `topic`, `language` (an ISO 639-1 code, or `unclear`), or a column."""
+    pattern: Annotated[str, AfterValidator(_compiles)] | None = None
     """Python's regular expression, found anywhere in it; a language it must be as a whole."""
+    min: float | None = None
+    """Smallest number that is meant, in place of a pattern."""
+    max: float | None = None
+    """Largest number that is meant."""
+
+    @model_validator(mode="after")
+    def _pattern_or_numbers(self) -> "RuleSpec":
+        numbers = [each for each in (self.min, self.max) if each is not None]
+        if (self.pattern is None) == (not numbers):
+            raise ValueError("takes either a pattern or min and max")
+        if numbers != sorted(numbers):
+            raise ValueError("min is the smaller one")
+        return self
 
 
+def _is_no_own_column(name: str) -> str:
+    if name in OWN_COLUMNS:
+        raise ValueError(f"{name} is no further column: a data set's rows have it by themselves, or not at all")
+    return name
+
+
+OWN_COLUMNS = (
+    "prompt", "chosen", "rejected", "id", "topic", "source", "split", "left", "right", "completion", "messages", "instruction",
+    "input", "output",
+)  # fmt: skip
+"""What a built row says by itself, and what it is made of."""
+ColumnName: TypeAlias = Annotated[
+    str, because("an empty name is no column", min_length=1), AfterValidator(_is_no_own_column)
+]
 LengthRange: TypeAlias = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_is_range)]
 
 
@@ -248,7 +275,7 @@ class BalanceSpec(_Spec):
     chosen_longer: Annotated[float | None, because("it is a share of the rows", ge=0, le=1)] = None
     """Share of the rows whose chosen answer is the longer one, a tie as half."""
     lengths: bool = False
-    """For every size of the difference, as many rows whose chosen answer is longer as such whose is shorter."""
+    """For every class of the difference (40 % wide), as many rows whose chosen answer is longer as such whose is shorter."""
     topics: bool = False
     """As many rows of every topic, within each source."""
 
@@ -290,8 +317,12 @@ class Recipe(_Spec):
     """Of everything that is drawn."""
     unit: Literal["words", "characters"] = "words"
     """What lengths are counted in; a word is what white space separates."""
-    mix: Literal["rows", "tokens"] = "rows"
-    """What the sources' shares are of: rows, or text, counted in `unit`."""
+    mix: Literal["rows", "text", "tokens"] = "rows"
+    """What the sources' shares are of: rows, text counted in `unit`, or tokens of `tokenizer`."""
+    tokenizer: Annotated[str, because("an empty name is no model", min_length=1)] | None = None
+    """The model whose tokenizer counts `mix = "tokens"`: `demo`, a local directory, or a Hub id."""
+    columns: Annotated[tuple[ColumnName, ...], Field(strict=False)] = ()
+    """Further columns that are written (those that a rule looks at, `axis`, `generator` and `synthetic` are anyway)."""
     source: Annotated[tuple[SourceSpec, ...], Field(strict=False)]
     """The data sets that it is made of."""
     topics: dict[
@@ -309,8 +340,12 @@ class Recipe(_Spec):
             raise ValueError(f"takes 1 to {MOST_SOURCES} tables [[source]], not {len(self.source)}")
         if len({each.share is None for each in self.source}) > 1:
             raise ValueError("either every source has a share or none has")
-        if self.mix == "tokens" and self.source[0].share is None:
-            raise ValueError('mix = "tokens" needs a share for every source')
+        if self.mix != "rows" and self.source[0].share is None:
+            raise ValueError(f'mix = "{self.mix}" needs a share for every source')
+        if (self.mix == "tokens") != (self.tokenizer is not None):
+            raise ValueError(
+                'mix = "tokens" and tokenizer = "MODEL" need each other; mix = "text" counts in unit, without a tokenizer'
+            )
         return self
 
     @property

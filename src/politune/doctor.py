@@ -4,6 +4,7 @@ import importlib.metadata
 import netrc
 import os
 import platform
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from politune.cache import user_cache
 from politune.errors import safe
 from politune.fetching import HUB_LOGIN
 from politune.models import demo
-from politune.plan.machine import Machine
+from politune.plan.machine import Machine, find_free_disk
 from politune.report import Section, Table
 
 State: TypeAlias = Literal["ok", "note", "wrong"]
@@ -66,6 +67,7 @@ def examine(directory: Path) -> DoctorReport:
         _memory(machine),
         _disk(machine, directory),
         _cache(),
+        _hub_cache(),
         _demo(),
         *_logins(),
         *_versions(),
@@ -88,7 +90,7 @@ def _devices(machine: Machine, flags: frozenset[str]) -> Iterator[Finding]:
         return
     for number, gpu in enumerate(machine.gpus):
         found = f"{gpu.name}, {gpu.total_bytes / 2**30:.0f} GiB, capability {gpu.capability[0]}.{gpu.capability[1]}"
-        advice = "" if gpu.computes_bfloat16 else "it has no bfloat16: set --bf16 false"
+        advice = "" if gpu.computes_bfloat16 else "it has no bfloat16: set --no-bf16"
         yield Finding(f"GPU {number}", "ok" if gpu.computes_bfloat16 else "note", found, advice)
     yield Finding("4 bits", "ok", "yes")
 
@@ -121,10 +123,53 @@ def _cache() -> Finding:
     cache = user_cache()
     if cache is None:
         return Finding("cache", "wrong", "there is no home directory", "set POLITUNE_CACHE to a directory")
-    existing = next((each for each in (cache, *cache.parents) if each.exists()), cache)
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        return Finding("cache", "wrong", f"cannot write to {safe(cache)}", "set POLITUNE_CACHE to another directory")
+    if why := _refusal(cache):
+        fix = "set POLITUNE_CACHE to another directory"
+        return Finding("cache", "wrong", f"cannot write to {safe(cache)}: {why}", fix)
     return Finding("cache", "ok", safe(cache))
+
+
+def _hub_cache() -> Finding:
+    """Where huggingface_hub keeps what it downloads."""
+    own = "HF_HUB_CACHE" if "HF_HUB_CACHE" in os.environ else "HF_HOME"
+    fix = f"set {own} to a directory that you can write to"
+    try:
+        place = _expanded(os.environ[own]) if own == "HF_HUB_CACHE" else _hub_home() / "hub"
+    except RuntimeError:
+        return Finding("Hub cache", "wrong", "there is no home directory", fix)
+    if why := _refusal(place := place.absolute()):
+        return Finding("Hub cache", "wrong", f"cannot write to {safe(place)}: {why}", fix)
+    free = find_free_disk(place)
+    room = "" if free is None else f", {free / 1e9:.1f} GB free"
+    return Finding("Hub cache", "ok", f"{safe(place)}{room}")
+
+
+def _hub_home() -> Path:
+    shared = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return _expanded(os.environ.get("HF_HOME", shared))
+
+
+def _expanded(path: str | Path) -> Path:
+    """As huggingface_hub reads its variables.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
+    return Path(os.path.expandvars(Path(path).expanduser()))
+
+
+def _refusal(directory: Path) -> str:
+    """Why nothing can be written to a directory, or to the nearest one around it that is there; empty where it can.
+
+    It is tried, since os.access says yes to root whatever the file system says; the file has no name, and is gone when closed.
+    """
+    try:
+        nearest = next(each for each in (directory, *directory.parents) if each.is_symlink() or each.exists())
+        with tempfile.TemporaryFile(dir=nearest, buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
 
 
 def _demo() -> Finding:
@@ -150,9 +195,8 @@ def _hub_login() -> str:
     """Where the Hub's token is, in words; empty where there is none."""
     if os.environ.get("HF_TOKEN"):
         return "HF_TOKEN"
-    shared = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME", shared)) / "token")
     try:
+        path = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token")
         return "a token file" if path.expanduser().is_file() else ""
     except (RuntimeError, OSError):  # no home directory, or one that cannot be read
         return ""

@@ -30,6 +30,15 @@ _TOKEN = re.compile(r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|(?<=://)[^/\s]+
 """A token of the Hub wherever it stands, and what an address says of who asks: `https://user:password@host`."""
 
 
+DRAWN_AS_NOTHING = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2065\u2800\u3164\uffa0"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))))
+)
+"""What Unicode 15 calls Default_Ignorable_Code_Point (DerivedCoreProperties.txt) and no category tells, and the blank of
+Braille."""
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"})
+
+
 class PolituneError(Exception):
     """An error that the user can put right.
 
@@ -115,14 +124,16 @@ class Interrupted(PolituneError):
 def safe(text: object, limit: int | None = MAX_FOREIGN_CHARACTERS) -> str:
     """Foreign text made harmless for a terminal and for one line of a log.
 
-    Control characters (C0, C1, DEL), bidirectional and zero-width format characters, line separators and lone surrogates
-    become visible escapes, and logins stars; longer texts than `limit` characters are cut with an ellipsis. `None` keeps the
-    full length.
+    Control characters (C0, C1, DEL), bidirectional and zero-width format characters, line separators, lone surrogates, blanks
+    that are no plain space and whatever else is drawn as nothing become visible escapes, and logins stars; longer texts than
+    `limit` characters are cut with an ellipsis. `None` keeps the full length.
     Printable text, in any script, passes unchanged.
     """
     string = without_secrets(str(text))
     if limit is not None and len(string) > limit:
         string = string[: limit - 1] + "…"
+    if string.isascii() and string.isprintable():
+        return string
     return "".join(visible(character) if is_hidden(character) else character for character in string)
 
 
@@ -151,5 +162,6 @@ def visible(character: str) -> str:
 
 
 def is_hidden(character: str) -> bool:
-    """Whether it moves, turns or hides text instead of being seen: controls, formats, line separators, half characters."""
-    return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    """Whether it moves, turns or hides text instead of being seen: controls, formats, line separators, half characters, blanks
+    that are not the plain space, and what a screen that does not know it leaves out."""
+    return character in DRAWN_AS_NOTHING or (character != " " and unicodedata.category(character) in _HIDDEN_CATEGORIES)

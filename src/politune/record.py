@@ -186,13 +186,29 @@ def is_llama(licence: str | None, name: str) -> bool:
     return telling.lower().startswith(("llama", "meta-llama"))
 
 
+LIMITED_LLAMA = re.compile(
+    r"(?<![a-z])llama[\s_.-]*(version|v)?[\s_.-]*[23]([._p-]0)?(?![0-9a-z]|\.[0-9]|[_-][1-9](?![0-9a-z.]))",
+    re.IGNORECASE,
+)
+"""Llama 2 and 3.0 as they are written: `Llama3-70B`, `llama-v3-70b`, `Llama 3.0`; not 3.1 (`llama3-1-70b`, `v3p1`), nor a size
+(`open_llama_3b`)."""
+
+
+def licence_note(generator: str) -> str:
+    """What a generator's licence may say of what it wrote."""
+    return generator_note(generator, "any other model") or (
+        f"the terms of {safe(generator)} may limit what its output is used for, such as training other models; look them up: "
+        "this is information, not legal advice"
+    )
+
+
 def generator_note(generator: str | None, base: str) -> str | None:
     """What the licence of the data's generator says about the base model, where it says something.
 
-    The Llama 2 and Llama 3.0 licences (section 1.b.v) forbid using their output to improve other large language models.
+    The Llama 2 and Llama 3.0 licences (section 1.b.v) forbid using their output to improve other large language models; that of
+    3.1 and later ones does not.
     """
-    limited = generator is not None and re.search(r"\bllama[- ]?(2|3)(\b|-)(?!\.\d)", generator, re.IGNORECASE)
-    if not limited or "llama" in base.lower():
+    if generator is None or not LIMITED_LLAMA.search(generator) or "llama" in base.lower():
         return None
     return (
         f"the data were written by {safe(generator)}, whose licence (1.b.v) limits using its output to improve models other than "
@@ -230,7 +246,7 @@ def model_card(metadata: Mapping[str, str], kind: Literal["adapter", "merge"], m
             "commit": f" at commit `{given['base_commit']}`" if "base_commit" in given else "",
             "revision": f" at revision `{given['data_revision']}`" if "data_revision" in given else "",
             "generator": given.get("data_generator", "an unknown author or model"),
-            "title": given.get("title", ""),
+            "title": f": {given['title'].rstrip('.')}" if "title" in given else "",
             "licence": licence,
             "measured": measured,
         }
@@ -263,7 +279,7 @@ _CARD = """\
 
 {built_with}## What was done
 
-- Purpose: {purpose}. {title}
+- Purpose: {purpose}{title}.
 - Method: {method} of a LoRA adapter, tuned {tuned}; seed {seed}.
 - Base model: `{base}`{commit}, weights sha256 `{base_sha256}`.
 {trained_on}- Data: `{data}`{revision}, {rows} rows, sha256 `{data_sha256}`; written by {generator}.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from faults.figures import Figure, count, side_by_side
 from faults.lab import Lab, went_on
+from politune.models import adapter as adapters
+from politune.models.seal import CARD, SEAL
 from tiny.small_runs import adapter_hash
 
 NEWEST = "checkpoint-4"
@@ -53,6 +55,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
         beside = _plain(lab, place) if whole else ""
         yield _ours(lab, killed, expected, cases if whole else cases[::9], beside, at_least=55 if whole else 1)
         yield _strangers(lab, killed, expected)
+        yield _adapters(lab, place / "whole", whole)
 
 
 def _killed_run(lab: Lab, place: Path) -> tuple[str, Path]:
@@ -144,6 +147,39 @@ def _strangers(lab: Lab, killed: Path, expected: str) -> Figure:
         "what does not belong among the checkpoints: not used, a user's own not deleted, equal",
         side_by_side(trial, changes),
     )
+
+
+def _adapters(lab: Lab, finished: Path, whole: bool) -> Figure:
+    """What is computed from is refused where it is used; the run's command with `--resume` exports the same bytes again."""
+    sound = contents(finished / "adapter")
+    damages = [(name, damage) for name in sorted(sound) for damage in DAMAGES]
+
+    def trial(case: tuple[str, Callable[[Path], None]]) -> str | None:
+        name, damage = case
+        with lab.place("rotten") as place:
+            adapter = shutil.copytree(finished, place / "run") / "adapter"
+            damage(adapter / name)
+            is_card, is_unsealed = name == CARD, name == SEAL and damage is _missing
+            if name in (adapters.CONFIG, adapters.WEIGHTS, SEAL):
+                merged = lab.run(["merge", place / "run", "-o", place / "merged"])
+                if merged.code != (0 if is_unsealed else 4) or (place / "merged").exists() != is_unsealed:
+                    return f"{name} {damage.__name__}: merge gives {merged.code} {merged.last}"
+            left = contents(adapter)
+            ended = lab.run([*lab.train(place / "run"), "--resume"])
+            good = ended.code == 0 and contents(adapter) == (left if is_card or is_unsealed else sound)
+            return None if good else f"{name} {damage.__name__}: {ended.code} {ended.err[-300:]}"
+
+    found = side_by_side(trial, damages if whole else damages[::17])
+    what = (
+        "a file of a finished run's adapter missing, empty, half, zeroed, one bit flipped: no merge, and `--resume` exports "
+        "the same bytes again; the card is its owner's, and without its seal an adapter is as one made elsewhere"
+    )
+    return count(what, found, at_least=35 if whole else 2)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The files of a directory, by their names in it."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def _plain(lab: Lab, place: Path) -> str:

@@ -225,7 +225,11 @@ def _odd_places(lab: Lab) -> Figure:
         return None if adapter_hash(place / "run") != "none" else f"{found.returncode}"
 
     def nobody_reads(place: Path) -> str | None:
-        return _shell(lab, "politune presets | true").stderr[-300:]
+        for words in ("presets", f"{shlex.join(map(str, lab.train(place / 'run')))} --quiet"):
+            found = _shell(lab, f"politune {words} | true; exit ${{PIPESTATUS[0]}}")
+            if flaw := _said_nothing_bad(found.returncode, found.stderr):
+                return flaw
+        return None
 
     def full_stdout(place: Path) -> str | None:
         found = _shell(lab, "politune presets > /dev/full")
@@ -251,7 +255,7 @@ def _shell(lab: Lab, command: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],
-        env={**os.environ, **lab.environment, "PATH": path},
+        env={**os.environ, **lab.environment, "PATH": path, "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=False,

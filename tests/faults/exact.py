@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from faults.damage import die_in_step
+from faults.damage import contents, die_in_step
 from faults.figures import Figure, count, side_by_side
 from faults.lab import Ended, Lab, went_on
 from politune.config import NOT_OF_AN_ADAPTER
@@ -32,6 +32,8 @@ OUT_OF_TRIAL = {
 """Settings that no trial changes, and why."""
 BY_CONTENT = {"model.model_name_or_path": "sha256 of the base model", "data.dataset_name": "sha256 of the data"}
 """Settings of which not the name is compared, but what it names."""
+UNASKED = {("begun", "threads"), ("done", "threads")}
+"""What may be otherwise where no step was saved, or none is left."""
 CHANGED = r"(\S+) -> (?!\1[.;])\S+"
 """How a refusal tells two values that are not the same."""
 
@@ -188,20 +190,16 @@ def _finished(lab: Lab, rows: Mapping[str, Path], whole: bool) -> Figure:
         with lab.place("finished") as place:
             argv = _command(lab, rows, place / "run", method, settings)
             lab.run(argv)
-            before = _contents(place / "run")
+            before = contents(place / "run")
             ended = lab.run([*argv, "--resume", "--json"])
             done = json.loads(ended.out)["steps_done_now"] if ended.code == 0 else None
-            same = _contents(place / "run") == before
+            same = contents(place / "run") == before
             return None if done == 0 and same else f"{case}: {ended.code}, {done} steps, files as before: {same}"
 
     lengths: tuple[dict[str, object], ...] = ({"train__num_train_epochs": 1}, {"train__max_steps": 3})
     kinds = list(itertools.product(("dpo", "sft"), lengths))
     found = side_by_side(trial, kinds if whole else kinds[::3])
     return count("a finished run resumed: 0 steps, no file changed", found, at_least=4 if whole else 2)
-
-
-def _contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def _can_differ(lab: Lab, rows: Mapping[str, Path], whole: bool) -> Figure:
@@ -329,8 +327,10 @@ def _changed_surroundings(lab: Lab, whole: bool) -> Figure:
     with lab.place("surroundings") as place:
         base = shutil.copytree(lab.base, place / "base")
         pairs = shutil.copy(lab.pairs, place / "data.jsonl")
-        argv = lab.train(place / "run", model__model_name_or_path=base, data__dataset_name=pairs)
-        assert lab.run(argv, before=die_in_step, given=[5]).code == -signal.SIGKILL
+        given: dict[str, object] = {"model__model_name_or_path": base, "data__dataset_name": pairs}
+        assert lab.run(lab.train(place / "run", **given), before=die_in_step, given=[5]).code == -signal.SIGKILL
+        assert lab.run(lab.train(place / "begun", **given), before=die_in_step, given=[2]).code == -signal.SIGKILL
+        assert lab.run(lab.train(place / "done", **given)).code == 0
 
         def rows(own: Path) -> None:
             lines = (own / "data.jsonl").read_text().splitlines(keepends=True)
@@ -356,35 +356,42 @@ def _changed_surroundings(lab: Lab, whole: bool) -> Figure:
             "sha256 of the training tokens": (template, None),
             "sha256 of the base model's config": (config, None),
             "version of trl": (nothing, another_version),
+            "version of politune": (nothing, another_version),
             "threads": (nothing, two_threads),
         }
 
-        def trial(name: str) -> str | None:
+        def trial(case: tuple[str, str]) -> str | None:
+            run, name = case
             change, before = changes[name]
             with lab.place("changed") as own:
-                for each in ("base", "run"):
+                for each in ("base", run):
                     shutil.copytree(place / each, own / each)
                 shutil.copy(pairs, own / "data.jsonl")
                 change(own)
                 again = lab.train(
-                    own / "run", model__model_name_or_path=own / "base", data__dataset_name=own / "data.jsonl"
+                    own / run, model__model_name_or_path=own / "base", data__dataset_name=own / "data.jsonl"
                 )
                 ended = lab.run([*again, "--resume"], before=before)
                 good = ended.code == 2 and "cannot resume" in ended.last
                 good &= re.search(f"{name}: {CHANGED}", ended.last) is not None
-                return None if good else f"{name}: {ended.code} {ended.last}"
+                return None if good else f"{case}: {ended.code} {ended.last}"
 
-        found = side_by_side(trial, changes if whole else list(changes)[::3])
+        # What the steps that are left depend on is no matter where none is left, or none was saved.
+        cases = [(run, name) for run in ("run", "begun", "done") for name in changes if (run, name) not in UNASKED]
+        found = side_by_side(trial, cases if whole else cases[::5])
         if whole:
             lab.run(lab.train(place / "trl", trl__adam_beta1=0.8), before=die_in_step, given=[5])
             flaw = _not_refused(lab.run([*lab.train(place / "trl"), "--resume"]), "trl.adam_beta1", 0.8, None)
             found.append(flaw and f"left out: {flaw}")
-        control = lab.run([*argv, "--resume"])
-        found.append(
-            None if control.code == 0 and went_on(control, 4) else f"nothing changed, and refused: {control.last}"
-        )
-    what = "the data, the base, its template, its config, a library or the threads changed on resume: refused by name, old -> new"
-    return count(what, found, at_least=8 if whole else 3)
+        for run, step, surroundings in (("run", 4, None), ("begun", None, two_threads), ("done", None, two_threads)):
+            control = lab.run([*lab.train(place / run, **given), "--resume"], before=surroundings)
+            good = control.code == 0 and went_on(control, step)
+            found.append(None if good else f"{run}: nothing changed, and refused: {control.last}")
+    what = (
+        "the data, the base, its template, its config, a version or the threads changed on resume, of a run with a checkpoint, "
+        "without one, and of a finished one: refused by name, old -> new"
+    )
+    return count(what, found, at_least=22 if whole else 6)
 
 
 def another_version() -> None:
@@ -395,7 +402,7 @@ def another_version() -> None:
 
     def other() -> dict[str, Any]:
         found = environment()
-        return {**found, "libraries": {**found["libraries"], "trl": "1.0.0"}}
+        return {**found, "politune": "0.0.1", "libraries": {**found["libraries"], "trl": "1.0.0"}}
 
     record.environment = other
 

@@ -74,14 +74,11 @@ def write_pickles(directory: Path, canary: Path, names: tuple[str, ...]) -> None
 
 def write_marker(checkpoint: Path) -> None:
     """The marker that politune would have written for the checkpoint's files as they are now."""
-    from politune.record import read_json, sha256_of_json, write_json
+    from politune.models import seal
     from politune.training import checkpoints
 
-    said = read_json(checkpoint / checkpoints.MARKER) or {}
-    said.pop("sha256")
-    paths = checkpoints._files(checkpoint)
-    said["files"] = {str(path.relative_to(checkpoint)): checkpoints._fingerprint(path) for path in paths}
-    write_json(checkpoint / checkpoints.MARKER, {**said, "sha256": sha256_of_json(said)})
+    said = seal.read(checkpoint) or {}
+    seal.seal(checkpoint, {name: said[name] for name in ("step", "identity")})
     assert checkpoints._flaw(checkpoint) is None, "politune would not take this for a checkpoint of its own"
 
 

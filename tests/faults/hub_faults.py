@@ -479,7 +479,7 @@ def _plant_demo(lab: Lab) -> Path:
     place.mkdir(parents=True)
     for name, body in _files_in(lab.base).items():
         (place / name).write_bytes(body)
-    marker = {"gguf_sha256": demo.GGUF_SHA256, "bytes": {}}
+    marker = {"gguf_sha256": demo.GGUF_SHA256, "files": {}}
     (place / demo.MARKER).write_text(json.dumps(marker))
     return cache
 

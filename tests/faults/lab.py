@@ -10,6 +10,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -145,10 +146,10 @@ class Lab:
         return self.start(argv, **options).wait(limit)
 
     def go_on(self, argv: Sequence[object], **options: Any) -> Ended:
-        """What somebody does who comes back to a run: the same command, and with `--resume` where that is asked for."""
+        """What somebody does who comes back to a run: the same command, and where it names another one, that."""
         ended = self.run(argv, **options)
-        if ended.code == 7 and "--resume" in ended.last:
-            ended = self.run([*argv, "--resume"], **options)
+        if ended.code == 7 and "go on with: politune " in ended.last:
+            ended = self.run(shlex.split(ended.last.partition("go on with: politune ")[2]), **options)
         return ended
 
     def train(self, out: Path, method: str = "dpo", **settings: object) -> list[object]:

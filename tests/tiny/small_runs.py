@@ -36,7 +36,10 @@ def small_run(model: Path, data: Path, out: Path, **flags: Any) -> dict[str, Any
         "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2, "train.warmup_steps": 0,
         "train.save_steps": 2, "train.learning_rate": 1e-3,
     }  # fmt: skip
-    return settings | {key.replace("__", "."): value for key, value in flags.items()}
+    settings |= {key.replace("__", "."): value for key, value in flags.items()}
+    if settings.get("train.max_steps", -1) != -1:
+        del settings["train.num_train_epochs"]
+    return settings
 
 
 def adapter_hash(out: Path) -> str:

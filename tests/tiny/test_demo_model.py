@@ -9,6 +9,7 @@ import pytest
 from politune import presets
 from politune.models import demo, load
 from politune.training import run
+from politune.training.signals import caught
 
 pytestmark = pytest.mark.network
 
@@ -37,6 +38,7 @@ def test_a_demo_preset_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytes
         None, name, {**small, "train.output_dir": str(tmp_path / "run")}, ["train.warmup_steps=0"]
     )
     monkeypatch.setattr("politune.training.prepare._held_out_rows", lambda *a: [])
-    report = run.train(resolved, say=lambda line: None, show=lambda plan: None)
+    with caught("politune train --resume") as stop:
+        report = run.train(resolved, stop=stop, say=lambda line: None, show=lambda plan: None)
     assert report.optimizer_steps == 1
     assert report.rows == {"demo-right": 296, "demo-sft": 40}[name]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from politune import presets, record
+from politune.config import ModelSpec, Recipe
 from politune.errors import ConfigError
 from politune.training import outcome, run
+from politune.training.signals import caught
 from tiny.small_runs import adapter_hash, small_run, write_pairs
 
 
@@ -26,7 +28,8 @@ def resolve(model: Path, data: Path, out: Path, **table: Any) -> presets.Resolve
 
 
 def train(resolved: presets.Resolved, **options: Any) -> outcome.TrainReport:
-    return run.train(resolved, say=lambda line: None, show=lambda report: None, words="politune train", **options)
+    with caught("politune train --resume") as stop:
+        return run.train(resolved, stop=stop, say=lambda line: None, show=lambda report: None, **options)
 
 
 def test_a_run_with_a_recipe(tiny_llama: Path, tmp_path: Path) -> None:
@@ -51,6 +54,37 @@ def test_a_run_with_a_recipe(tiny_llama: Path, tmp_path: Path) -> None:
         source = {**table["source"][0], "direction": "right"}
         train(resolve(tiny_llama, data, out, source=[source], dose={"rows": 20}), resume=True)
     assert train(resolve(tiny_llama, data, out, dose={"rows": 20}), resume=True).steps_done_now == 0
+
+
+def test_a_mixture_by_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    """A quarter of the tokens from words that take many each: a quarter of the words would be far more of them."""
+    from politune.data import build
+    from politune.models import load
+
+    rows = {
+        "short": [{"prompt": f"{n} is so", "chosen": "a b c d", "rejected": "e f g"} for n in range(400)],
+        "long": [
+            {"prompt": f"{n} is so", "chosen": "Bundesverfassung " * 4, "rejected": "Haushalt " * 3} for n in range(400)
+        ],
+    }
+    for name, each in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    sources = [{"name": str(tmp_path / f"{name}.jsonl"), "share": share} for name, share in (("short", 3), ("long", 1))]
+    table = {"source": sources, "mix": "tokens", "tokenizer": str(tiny_llama)}
+    out = tmp_path / "out.jsonl"
+    built = build.build(Recipe.model_validate(table), out, offline=True, processes=2)
+    base = load.resolve(ModelSpec(model_name_or_path=str(tiny_llama)), offline=True, say=print)
+    tokenizer = load.load_tokenizer(base)
+    counts = {"short.jsonl": 0, "long.jsonl": 0}
+    for row in map(json.loads, out.read_text().splitlines()):
+        texts = [row[key] for key in ("prompt", "chosen", "rejected")]
+        counts[row["source"]] += sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    longest = max(counts["long.jsonl"] / max(1, each.written) for each in built.sources[1:])
+    assert abs(counts["long.jsonl"] - counts["short.jsonl"] / 3) <= longest
+    by_words = build.build(Recipe.model_validate({**table, "mix": "text", "tokenizer": None}), None)
+    assert built.sources[1].written < by_words.sources[1].written / 2
+    assert f"local:{tiny_llama.name}, sha256 " in built.tokenizer
+    assert str(tiny_llama.parent) not in out.with_name("out.jsonl.manifest.json").read_text()
 
 
 def test_the_recipe_and_its_file_train_the_same(tiny_llama: Path, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from politune import presets, progress, record
-from politune.errors import ConfigError, Interrupted, OutputError, PolituneError, TrainingError
-from politune.training import callbacks, checkpoints, outcome, run, trainer_factory
+from politune.errors import ConfigError, Interrupted, ModelError, OutputError, PolituneError, TrainingError
+from politune.training import callbacks, checkpoints, outcome, run, session, trainer_factory
+from politune.training.signals import caught
 from tiny.small_runs import adapter_hash, small_run, write_chats, write_pairs
 
 
@@ -29,7 +30,8 @@ def resolve(method: Any, model: Path, data: Path, out: Path, **flags: Any) -> pr
 
 def train(resolved: presets.Resolved, said: list[str] | None = None, **options: Any) -> outcome.TrainReport:
     say = (lambda line: None) if said is None else said.append
-    return run.train(resolved, say=say, show=lambda report: None, words="politune train", **options)
+    with caught("politune train --resume") as stop:
+        return run.train(resolved, stop=stop, say=say, show=lambda report: None, **options)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +258,40 @@ def test_resumed_equals_uninterrupted(
     assert adapter_hash(out) == adapter_hash(uninterrupted)
 
 
+def test_an_adapter_that_rotted_is_exported_again(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    resolved = resolve("dpo", tiny_llama, pairs, out, trl__disable_dropout=False)
+    weights, said = out / "adapter" / "adapter_model.safetensors", list[str]()
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    assert train(resolved, said, resume=True).steps_done_now == 0
+    assert "resuming from checkpoint-6" in said
+    assert adapter_hash(out) == adapter_hash(uninterrupted)
+    assert train(resolved, said, resume=True).steps_done_now == 0
+    assert said[-1] == "this run is finished: nothing left to train"
+
+
+@pytest.mark.parametrize(("steps", "is_rehearsed"), [(400, True), (20, False)])
+def test_the_longest_batch_is_rehearsed_where_it_is_a_small_part_of_the_run(
+    steps: int, is_rehearsed: bool, tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed call would hold every batch of a step; where only the longest may be taken, that one is."""
+    original, told = trainer_factory.rehearse, []
+
+    def enough(trainer: Any, most_tokens: float) -> bool:
+        rows = sorted((trainer_factory._length(row) for row in trainer.train_dataset), reverse=True)
+        told.append(original(trainer, min(most_tokens, sum(rows[:2]))))
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(trainer_factory, "rehearse", enough)
+    with pytest.raises(TrainingError, match="enough"):
+        train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", train__max_steps=steps))
+    assert told == [is_rehearsed]
+
+
 def interrupt_in_step(step: int, patch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     original = callbacks.FiniteGuard.on_pre_optimizer_step
 
@@ -331,6 +367,51 @@ def test_training_that_ended_early_is_not_exported(
     monkeypatch.setattr(callbacks.StopOnSignal, "on_step_end", stop)
     with pytest.raises(TrainingError, match="training ended after step 1 of 6"):
         train(resolve("dpo", tiny_llama, pairs, tmp_path / "run"))
+    assert adapter_hash(tmp_path / "run") == "none"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "did not move: every lora_B"), (float("nan"), "lora_B.weight holds values that are not")]
+)
+def test_what_must_not_be_exported(value: float, words: str, tmp_path: Path) -> None:
+    weights = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.full((4, 2), 1.0)}
+    save_file(weights, tmp_path / "adapter.safetensors")
+    session._check_adapter(tmp_path / "adapter.safetensors")
+    save_file({**weights, "q.lora_B.weight": torch.full((4, 2), value)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(TrainingError, match=words):
+        session._check_adapter(tmp_path / "adapter.safetensors")
+
+
+def test_a_scaler_in_a_checkpoint_is_nobodys(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
+    """Sealed as the run's own would be: Accelerate would read it with the model."""
+    out, resolved = tmp_path / "run", resolve("dpo", tiny_llama, pairs, tmp_path / "run", train__max_steps=2)
+    train(resolved)
+    shutil.rmtree(out / "adapter")
+    checkpoint = max((out / "checkpoints").iterdir(), key=checkpoints.step_of)
+    said = checkpoints.read(checkpoint) or {}
+    shutil.rmtree(checkpoint.with_name("checkpoint-1"), ignore_errors=True)
+    one = checkpoint.rename(checkpoint.with_name("checkpoint-1"))
+    (one / "scaler.pt").write_bytes(b"nobody's")
+    checkpoints.seal(one, {"step": 1, "identity": said["identity"]})
+    with pytest.raises(ModelError, match=r"holds a scaler\.pt"):
+        train(resolved, resume=True)
+
+
+def test_a_model_that_is_shared_out_is_not_measured_on_the_way(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_SHARDED", ("DistributedType.NO",))
+    with pytest.raises(ConfigError, match="one process alone cannot measure"):
+        train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", tracking__measure_every=2))
+
+
+def test_a_signal_in_training_exports_nothing(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor in the last step, after which every step is done."""
+    interrupt_in_step(2, monkeypatch)
+    with pytest.raises(Interrupted, match="step 2 of 2 is saved, no adapter was exported"):
+        train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", train__max_steps=2))
     assert adapter_hash(tmp_path / "run") == "none"
 
 
@@ -416,6 +497,15 @@ def test_evaluation_is_a_mean_over_rows(tiny_llama: Path, pairs: Path, tmp_path:
 def test_a_missing_target_module_is_refused(modules: list[str], tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="porj"):
         train(resolve("dpo", tiny_llama, pairs, tmp_path / "run", lora__lora_target_modules=modules))
+
+
+def test_a_model_of_unknown_shape_is_asked_itself(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
+    """The plan knows the modules of the families that it knows."""
+    settings = resolve("dpo", tiny_llama, pairs, tmp_path / "run", lora__lora_target_modules=["linear"]).run
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)})
+    session._check_modules(model, settings)
+    with pytest.raises(ConfigError, match="the model has no layer linear"):
+        session._check_modules(torch.nn.ModuleDict(), settings)
 
 
 def test_precision_is_the_runs_own(

@@ -11,6 +11,7 @@ import pytest
 from faults.bad_inputs import FIRST, LORA, WEIGHTS, write_adapter
 from politune.errors import ModelError
 from politune.models import adapter as adapters
+from politune.models import seal
 
 SECOND = FIRST.replace("lora_A", "lora_B")
 
@@ -77,6 +78,24 @@ def test_what_is_no_whole_adapter(tmp_path: Path, damage: Callable[[Path], objec
     damage(write_adapter(tmp_path))
     with pytest.raises(ModelError, match=words):
         adapters.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", [LORA, WEIGHTS, seal.SEAL])
+def test_an_adapter_is_as_it_was_exported(tmp_path: Path, name: str) -> None:
+    """One bit that still makes sense; what was changed on purpose is read once its seal is gone."""
+    seal.seal(write_adapter(tmp_path), {})
+    adapters.read(tmp_path)
+    (tmp_path / "README.md").write_text("notes of its owner")
+    adapters.read(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    place = {LORA: data.find(b'"lora_alpha": ') + 14, WEIGHTS: len(data) - 2, seal.SEAL: len(data) // 2}[name]
+    data[place] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=rf"is not as it was exported: {name} has changed.*--resume") as caught:
+        adapters.read(tmp_path)
+    assert caught.value.exit_code == 4
+    (tmp_path / seal.SEAL).unlink()
+    adapters.read(tmp_path)
 
 
 def test_a_directory_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from politune.chance import counts_p, shares_p
 from politune.errors import ConfigError
 from politune.inspection import arms, inspect
 from politune.inspection.arms import Arms, Compared
-from politune.inspection.scan import Facts, Scan
+from politune.inspection.scan import OTHER_SPLITS, Facts, Scan
 from politune.lean import instruments
 
 TOPICS = {
@@ -119,6 +119,75 @@ def test_a_planted_difference_is_found(tmp_path: Path, change: Callable[[Row], R
     assert {finding.check for finding in found.findings} >= {f"arms {line}" for line in lines}
 
 
+@pytest.mark.parametrize(
+    ("change", "feature", "means"),
+    [
+        (lambda text: "\n" + text, "begins with a line break", ("0 / 0", "1 / 1")),
+        (lambda text: f'"{text}"', "quotation marks", ("0 / 0", "2 / 2")),
+        (lambda text: " " + text, "begins with a space", ("0 / 0", "1 / 1")),
+        (lambda text: text.replace(" ", "\n- ", 2), "list items", ("0 / 0", "2 / 2")),
+    ],
+    ids=["line breaks", "quotes", "spaces", "lists"],
+)
+def test_what_all_answers_of_one_arm_have_is_found(
+    tmp_path: Path, change: Callable[[str], str], feature: str, means: tuple[str, str]
+) -> None:
+    """On both sides of every row, so that within the arm it is no shortcut; from none to all h is pi."""
+    other = [{**row, "chosen": change(row["chosen"]), "rejected": change(row["rejected"])} for row in rows("b", 2, 60)]
+    found = compared(tmp_path, rows("a", 1, 60), other)
+    assert found.arms is not None
+    line = line_of(found.arms, f"{feature}, mean of chosen / rejected")
+    assert (line.values, line.difference, line.is_matched) == (means, "h 3.14", False)
+    assert f"arms {line.what}" in {finding.check for finding in found.findings}
+    assert not any(
+        each.feature == feature and each.is_found for audit in found.datasets for each in audit.shortcuts.found
+    )
+
+
+def answers_of(made: list[Row]) -> tuple[Scan, Any]:
+    """What the comparison of answers looks at."""
+    sample = [SimpleNamespace(number=number, row=SimpleNamespace(completions=(row["chosen"], row["rejected"])))
+              for number, row in enumerate(made)]  # fmt: skip
+    keys = np.repeat(np.arange(len(made), dtype=np.uint64)[:, None], 3, axis=1)
+    facts = Facts(rows=len(made), columns={"keys": keys}, sample=sample)  # type: ignore[arg-type]
+    return Scan(None, None, facts, ()), SimpleNamespace(method="dpo")  # type: ignore[arg-type]
+
+
+def differing(one: list[Row], other: list[Row]) -> list[str]:
+    scans, audits = zip(answers_of(one), answers_of(other), strict=True)
+    return [line.what.split(",")[0] for line in arms._answers(scans, audits) if not line.is_matched]
+
+
+def test_halves_of_one_set_have_the_same_answers() -> None:
+    """60 random splits of 160 rows with marks here and there: chance parts the halves by more than the tolerance in most."""
+    draw = random.Random(0)
+    made = rows("a", 1, 160)
+    for row in made:
+        for side in ("chosen", "rejected"):
+            row[side] = "\n" * (draw.random() < 0.1) + row[side].replace(" ", draw.choice((", ", " - ", "; ", " ")), 3)
+    alarms = 0
+    for _ in range(60):
+        draw.shuffle(made)
+        alarms += bool(differing(made[:80], made[80:]))
+    assert alarms <= 3
+
+
+def test_what_is_rare_is_found_where_one_arm_alone_has_it() -> None:
+    """A line break before 4 % of the chosen and 9 % of the rejected answers, as in a public set: h = 2 asin(sqrt(0.09)) = 0.61.
+    3 % against 5 % are within the tolerance: 0.45 - 0.35 = 0.10."""
+
+    def broken(made: list[Row], chosen: int, rejected: int) -> list[Row]:
+        return [
+            {**row, "chosen": "\n" * (number % 100 < chosen) + row["chosen"],
+             "rejected": "\n" * (number % 100 < rejected) + row["rejected"]}
+            for number, row in enumerate(made)
+        ]  # fmt: skip
+
+    one, other = rows("a", 1), rows("b", 2)
+    assert differing(one, broken(other, 4, 9)) == ["begins with a line break"]
+    assert differing(broken(one, 3, 3), broken(other, 5, 5)) == []
+
+
 def test_arms_match_only_if_every_two_of_them_do(tmp_path: Path) -> None:
     """The third, of 8 rows, is furthest from both in its topics, which 8 rows do not prove: the first two are what differs."""
     third = [{**row, "topic": "schools"} for row in rows("c", 3, 8)]
@@ -134,17 +203,26 @@ def test_arms_match_only_if_every_two_of_them_do(tmp_path: Path) -> None:
     assert line_of(found, "rows").difference == "650.0%"
     assert line_of(found, "rows").furthest in ((0, 2), (1, 2))
     assert line_of(found, "shortcut: begins with a line break").values == ("50%", "100%", "")
-    assert line_of(found, "shortcuts").values == ("looked at", "looked at", "fewer than 50 prompts")
+    assert line_of(found, "shortcuts").values == (
+        "looked at",
+        "looked at",
+        "fewer than 50 prompts with answers of their own",
+    )
 
 
 def test_arms_without_forensics_are_said_to_have_none(tmp_path: Path) -> None:
     found = compared(tmp_path, rows("a", 1, 60), rows("b", 2, 60), sample_rows=10)
     assert found.arms is not None
     line = line_of(found.arms, "shortcuts")
-    assert (line.is_matched, set(line.values)) == (None, {"fewer than 50 prompts in the sample of 10"})
+    assert (line.is_matched, set(line.values)) == (
+        None,
+        {"fewer than 50 prompts with answers of their own in the sample of 10"},
+    )
     assert found.arms.verdict.endswith("up to chance and tolerance; shortcuts were not")
     assert [finding.check for finding in found.findings if finding.question == "arms"] == ["arms shortcuts"]
-    assert found.datasets[0].verdict("shortcuts") == "not looked at: fewer than 50 prompts in the sample of 10"
+    assert found.datasets[0].verdict("shortcuts") == (
+        "not looked at: fewer than 50 prompts with answers of their own in the sample of 10"
+    )
 
 
 def test_prompts_of_one_word_are_compared(tmp_path: Path) -> None:
@@ -279,4 +357,5 @@ def test_the_sample_is_the_limit_of_what_is_looked_at(tmp_path: Path) -> None:
 def test_no_shipped_row_is_one_of_an_instruments() -> None:
     run = presets.resolve("dpo", "demo-left").run
     found = inspect.inspect(run, ["stances"], against=instruments.shipped_names(), offline=True, say=lambda line: None)
-    assert [leak.rows for leak in found.datasets[0].leaks] == [0] * len(instruments.shipped_names())
+    leaks = {leak.name: leak.rows for leak in found.datasets[0].leaks}
+    assert leaks == dict.fromkeys((OTHER_SPLITS, *instruments.shipped_names()), 0)

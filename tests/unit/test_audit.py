@@ -16,7 +16,7 @@ from politune.errors import DataError, is_hidden
 from politune.inspection import audit
 from politune.inspection.findings import MISLEADS, STOPS, WORTH_KNOWING, DataAudit, Finding
 from politune.inspection.inspect import InspectReport
-from politune.inspection.scan import HIDDEN, Scan, has_stray_quotes, scan
+from politune.inspection.scan import HIDDEN, ORDINARY, Scan, has_stray_quotes, scan
 from politune.inspection.shown import EXAMPLE_CHARACTERS
 from politune.report import Bars, Lines, Table
 
@@ -143,11 +143,11 @@ def test_stray_quotation_marks(text: str, stray: bool) -> None:
 
 
 def test_hidden_characters_are_those_that_messages_escape() -> None:
-    """Whatever `errors.safe` makes visible, but for tabs, line ends and the joiners of emoji and of several scripts."""
-    assert HIDDEN.isdisjoint("👩\u200d💻 می\u200cخواهم\t\r\n")
+    """Whatever `errors.safe` makes visible, but for tabs, line ends, spaces, and the joiners and selectors of emoji."""
+    assert HIDDEN.isdisjoint("👩\u200d💻 ❤\ufe0f می\u200cخواهم\t\r\n10\u202f%\u3000「政」")
     assert all(not HIDDEN.isdisjoint(text) for text in ("\x1b[2J", "\x9b", "\u202e", "\u200b", "\ufeff", "\x00"))
-    assert {"\u00ad", "\u061c", "\u2028", "\U000e0041", "\ud800"} <= HIDDEN
-    assert set(filter(is_hidden, map(chr, range(sys.maxunicode + 1)))) == HIDDEN | set("\t\r\n\u200c\u200d")
+    assert {"\u00ad", "\u061c", "\u2028", "\U000e0041", "\ud800", "\u3164", "\u2800", "\u034f", "\ufe00"} <= HIDDEN
+    assert set(filter(is_hidden, map(chr, range(sys.maxunicode + 1)))) == HIDDEN | ORDINARY
 
 
 @pytest.mark.parametrize("hidden", ["\u202e", "\u00ad", "\U000e0041", "\u061c", "\x1b", "\u2028"])
@@ -250,8 +250,51 @@ def test_rows_outside_the_sample_are_too_long_as_well(monkeypatch: pytest.Monkey
     assert report.tokens is not None
     assert (report.tokens.of_all, report.tokens.of) == (False, 50)
     assert 0 < report.tokens.dropped < 50
-    said = f"all 200 rows do, but that {report.tokens.dropped} of 50 in the sample are longer than max_length 150"
+    kept = 50 - report.tokens.dropped
+    said = f"{kept} of 50 rows of the sample do at max_length 150; the others were not counted in tokens"
     assert report._trains() == said
+
+
+@pytest.mark.parametrize(
+    ("mode", "long", "weight", "said"),
+    [
+        ("drop", 1, WORTH_KNOWING, "1 of 30 rows have more words than max_length 10 allows tokens: they are dropped"),
+        ("drop", 3, MISLEADS, "3 of 30 rows have more words than max_length 10 allows tokens: they are dropped"),
+        ("drop", 30, STOPS, "30 of 30 rows have more words than max_length 10 allows tokens: training refuses the data"),
+        ("truncate", 3, MISLEADS, "3 of 30 rows have more words than max_length 10 allows tokens: they are cut at the end"),
+        ("truncate", 30, MISLEADS, "30 of 30 rows have more words than max_length 10 allows tokens: they are cut at the end"),
+        ("error", 1, STOPS, "1 of 30 rows have more words than max_length 10 allows tokens: training refuses the data"),
+    ],
+)  # fmt: skip
+def test_what_is_too_long_in_words_is_too_long_in_tokens(mode: Any, long: int, weight: int, said: str) -> None:
+    """Of 31 rows, of which one is empty, some have one word in the prompt and ten in an answer; ten words are not too many."""
+    rows = [pair(f"p{i}", "x " * (10 if i < long else 9), "y") for i in range(30)]
+    report = look(*rows, pair("empty", "x " * 100, ""), max_length=10, on_overlength=mode)
+    finding = found(report)["overlength"]
+    assert (finding.weight, finding.text) == (weight, said)
+    if weight > WORTH_KNOWING:
+        assert report.verdict("trains").startswith(said)
+    else:
+        assert report.verdict("trains").startswith(
+            "29 of 31 rows are sound as texts; whether they fit max_length 10 is not"
+        )
+
+
+def test_a_prompt_of_too_many_words_leaves_nothing_to_cut() -> None:
+    report = look(
+        *many(3, start=10), *(pair("w " * 10, f"x{i}", "y") for i in range(3)), max_length=10, on_overlength="truncate"
+    )
+    assert (report.longer_in_words, report.filled_in_words) == (3, 3)
+    only = look(*(pair("w " * 10, f"x{i}", "y") for i in range(3)), max_length=10, on_overlength="truncate")
+    assert found(only)["overlength"].weight == STOPS
+
+
+def test_without_a_tokenizer_nobody_says_that_all_rows_train() -> None:
+    report = look(*many(40))
+    assert report.verdict("trains") == (
+        "all 40 rows are sound as texts; whether they fit max_length 1024 is not known without a tokenizer (--model)"
+    )
+    assert look(*many(40), tokenizer=Words()).verdict("trains") == "all 40 rows do at max_length 1024"
 
 
 def test_the_histogram_covers_every_row_once() -> None:
@@ -265,16 +308,16 @@ def test_the_histogram_covers_every_row_once() -> None:
 
 
 def test_the_example_shows_boundaries_and_breaks() -> None:
-    report = look(pair("ask\nme", "\nyes\x1b[2J", "no"))
+    report = look(pair("ask \nme", "\nyes\x1b[2J", "no\u3164 \u00a0  "))
     assert report.example == (
         "----- prompt (no loss) -----",
-        "user: ask\\n",
+        r"user: ask\x20\n",
         "me",
         "----- chosen (trained on) -----",
         "\\n",
         "yes\\x1b[2J",
         "----- rejected (trained on) -----",
-        "no",
+        r"no\u3164 \xa0\x20\x20",
     )
     in_tokens = look(pair("ask", "yes", "no"), tokenizer=Words()).example
     assert in_tokens[:4] == (
@@ -397,12 +440,96 @@ def test_length_is_judged_in_tokens_where_they_are_known() -> None:
     assert "longer-side" not in found(look(*rows, tokenizer=Joining()))
 
 
+def test_length_in_tokens_is_a_feature_where_a_tokenizer_is_at_hand() -> None:
+    """Both sides have three words, which the tokenizer takes apart at the hyphens of the chosen one."""
+
+    class Hyphens(Words):
+        def encode(self, turns: list[dict[str, str]]) -> list[int]:
+            return super().encode([{**turn, "content": turn["content"].replace("-", " - ")} for turn in turns])
+
+    rows = many(60, chosen="one-two three", rejected="four five")
+    shortcuts = look(*rows, tokenizer=Hyphens()).shortcuts
+    assert shortcuts is not None
+    (feature,) = (each for each in shortcuts.shortcuts if each.feature == "length in tokens")
+    assert (feature.chosen, feature.estimate.accuracy, feature.decided) == ("is longer in tokens", 1.0, 1.0)
+    without = look(*rows).shortcuts
+    assert without is not None
+    assert len(without.shortcuts) == len(shortcuts.shortcuts) - 1 == 36
+    assert "length in tokens" not in [each.feature for each in without.shortcuts]
+
+
 def test_prompts_of_other_splits_are_found() -> None:
     """Two prompts of the three test rows stand in training as well, one of them in two rows of it."""
     rows = [{**row, "split": "train"} for row in [*many(20), pair("p1", "other", "texts")]]
     report = look(*rows, *({**pair(prompt, "x", "y"), "split": "test"} for prompt in ("p0", "p1 ", "new")))
     assert (report.rows, report.other_splits, report.shared_with_other_splits) == (21, 3, 3)
-    assert found(report)["other-splits"].text == "3 of 21 rows have a prompt that stands in another split as well"
+    assert found(report)["leak"].text == (
+        "3 of 21 rows share text with other splits of the data (3 by their prompt, 0 by a passage of eight words)"
+    )
+    assert look(*rows, {**pair("new", "x", "y"), "split": "test"}).verdict("leaks") == (
+        "nothing shared with other splits of the data"
+    )
+
+
+def shown(report: DataAudit) -> dict[str, str]:
+    return {row.why: row.id for row in report.shown}
+
+
+def test_the_rows_behind_repetitions_are_shown() -> None:
+    """Rows 5 and 6 repeat the first and the second one; 7 and 8 turn the third and the fourth one round."""
+    rows = many(4)
+    rows += [rows[0], rows[1], *(pair(f"p{i}", f"four five r{i}", f"one two c{i}") for i in (2, 3))]
+    found = shown(look(*rows))
+    assert (found["an exact repetition"], found["an exact repetition: the other row"]) == (
+        "pairs.csv row 5",
+        "pairs.csv row 1",
+    )
+    assert (found["a contradicted one"], found["a contradicted one: the other row"]) == (
+        "pairs.csv row 3",
+        "pairs.csv row 7",
+    )
+    assert not {"an exact repetition", "a contradicted one"} & set(shown(look(*many(4))))
+
+
+def test_a_row_that_is_too_long_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words and in tokens, of all rows and of a sample: rows 31 and 32 have 20 words, and 30 and 33 are no row to train on."""
+    rows = [
+        *many(29),
+        pair("e", "x " * 50, ""),
+        pair("a", "x " * 20, "y"),
+        pair("b", "x " * 20, "y"),
+        pair("f", "", "x " * 50),
+    ]
+    why = "one longer than max_length 20"
+    assert shown(look(*rows, max_length=20))[why] == "pairs.csv row 31"
+    assert shown(look(*rows, max_length=20, tokenizer=Words()))[why] == "pairs.csv row 31"
+    spec = DataSpec(dataset_name="./pairs.csv", max_length=20)
+    assert shown(audit.audit(measured(rows, sample_rows=3), spec, tokenizer=Words()))[why] == "pairs.csv row 31"
+    assert why not in shown(look(*many(29), max_length=20, tokenizer=Words()))
+
+
+def test_broken_rows_are_counted_and_shown() -> None:
+    """40 of 614 rows lack an answer: all are counted, the first five are shown, and nothing else counts them."""
+    rows = many(614)
+    for number in range(100, 140):
+        del rows[number]["rejected"]
+    rows[101]["rejected"] = None
+    rows[102] |= {"rejected": 3, "prompt": "\x1b[2J"}
+    report = look(*rows)
+    said = "40 of 614 rows cannot be read: training refuses the data (pairs.csv row 101: rejected is absent)"
+    assert (report.rows, report.broken, report.findings[0].weight) == (574, 40, STOPS)
+    assert report.verdict("trains").startswith(said)
+    broken = [row for row in report.shown if row.why == "broken"]
+    assert [(row.id, row.lines[0]) for row in broken] == [
+        ("pairs.csv row 101", "rejected is absent"),
+        ("pairs.csv row 102", "rejected is null"),
+        ("pairs.csv row 103", "rejected is a number, neither text nor a list of messages: 3"),
+        ("pairs.csv row 104", "rejected is absent"),
+        ("pairs.csv row 105", "rejected is absent"),
+    ]
+    assert broken[2].lines[1] == r'{"prompt": "\u001b[2J", "chosen": "one two c102", "rejected": 3}'
+    assert ("broken rows, counted in nothing else", 40) in next(report.evidence()).items  # type: ignore[union-attr]
+    assert (look(*many(4)).broken, look(*many(4)).findings) == (0, ())
 
 
 def test_answers_of_two_languages_are_found() -> None:

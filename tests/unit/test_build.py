@@ -26,6 +26,7 @@ from politune.inspection import audit, scan
 from politune.training.signals import caught
 
 Row = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 
 def words(name: str, count: int) -> str:
@@ -205,7 +206,7 @@ def test_shares_of_text_within_one_row(many: Path, tmp_path: Path) -> None:
     """A quarter of the words from rows of 202 words: as many rows as bring that, to within half a row."""
     long = write(tmp_path / "long.jsonl", [pair(n, 100, 100) for n in range(1000, 1200)])
     shares = [{"name": str(many), "share": 3}, {"name": str(long), "share": 1}]
-    built, kept = make(tmp_path / "out.jsonl", *shares, mix="tokens")
+    built, kept = make(tmp_path / "out.jsonl", *shares, mix="text")
     text = Counter[str]()
     for row in kept:
         text[row["source"]] += sum(len(row[key].split()) for key in ("prompt", "chosen", "rejected"))
@@ -229,6 +230,147 @@ def test_the_dose_is_nested_and_like_the_whole(many: Path, tmp_path: Path) -> No
     assert {row["prompt"] for row in kept} != doses[1]
     with pytest.raises(DataError, match="asks for 999 rows and 400 are left"):
         make(tmp_path / "out.jsonl", many, dose={"rows": 999})
+
+
+# --- further columns -------------------------------------------------------------------------------------------------
+
+
+def annotated(number: int, stances: tuple[str, str], **more: Any) -> Row:
+    """A row as `data annotate` writes it."""
+    chosen, rejected = stances
+    return pair(number, topic="taxes", stance_chosen=chosen, stance_rejected=rejected, **more)
+
+
+def test_rows_are_chosen_by_any_column(tmp_path: Path) -> None:
+    """Of 6 rows: 1 of another axis, 1 whose chosen answer takes the other side, 1 that is weak, 1 of no strength; 2 remain."""
+    both = ("left", "right")
+    rows = [
+        annotated(0, both, axis="economic", strength_chosen=3),
+        annotated(1, both, axis="social", strength_chosen=3),
+        annotated(2, both[::-1], axis="economic", strength_chosen=3),
+        annotated(3, both, axis="economic", strength_chosen=1),
+        annotated(4, both, axis="economic", strength_chosen=None),
+        annotated(5, both, axis="economic", strength_chosen="2.0"),
+    ]
+    keep: list[Row] = [
+        {"field": "axis", "pattern": "^economic$"},
+        {"field": "stance_chosen", "pattern": "^left$"},
+        {"field": "strength_chosen", "min": 2},
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    built, kept = make(tmp_path / "out.jsonl", file, filter={"keep": keep})
+    assert [row["prompt"] for row in kept] == ["Question 0?", "Question 5?"]
+    assert dropped(built) == {
+        "axis does not match '^economic$'": 1,
+        "stance_chosen does not match '^left$'": 1,
+        "strength_chosen is not 2 or more": 2,
+    }
+    _, kept = make(tmp_path / "out.jsonl", file, filter={"drop": [{"field": "strength_chosen", "min": 2, "max": 3}]})
+    assert [row["prompt"] for row in kept] == ["Question 3?", "Question 4?"]
+    import pyarrow.json
+    from pyarrow import parquet
+
+    write(file, rows[:5])
+    parquet.write_table(pyarrow.json.read_json(file), tmp_path / "rows.parquet")
+    _, kept = make(tmp_path / "out.jsonl", tmp_path / "rows.parquet", filter={"keep": keep})
+    assert [(row["prompt"], row["strength_chosen"]) for row in kept] == [("Question 0?", 3)]
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [annotated(0, ("left", "right"))])
+    rule = {"field": "stance_chosn", "pattern": "left"}
+    for where, fields in (
+        ("filter.keep.field", {"filter": {"keep": [rule]}}),
+        ("columns", {"columns": [rule["field"]]}),
+    ):
+        with pytest.raises(ConfigError, match=r"no row of .*rows\.jsonl has a column 'stance_chosn'") as refused:
+            make(tmp_path / "out.jsonl", file, **fields)
+        assert refused.value.where == where
+        assert "topic, stance_chosen, stance_rejected" in str(refused.value)
+        assert "did you mean stance_chosen?" in str(refused.value)
+    assert names_in(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_columns_go_through(tmp_path: Path, suffix: str) -> None:
+    """Of two sources with other columns: a text or a mark that a row lacks is empty, a number null, whatever is written."""
+    one = [pair(0, axis="social", score=1, note="kept", other="gone"), pair(1, score=2.5, note=None, other="gone")]
+    two = [pair(2), pair(3, generator="Somebody", synthetic=True, note=[1, "a"])]
+    sources = [
+        {"name": str(write(tmp_path / f"{n}.jsonl", rows)), "generator": f"G{n}"} for n, rows in enumerate((one, two))
+    ]
+    out = tmp_path / f"out{suffix}"
+    built = build.build(recipe(*sources, columns=["score", "note"]), out, processes=1)
+    assert built.columns == {
+        "score": "number",
+        "note": "text",
+        "axis": "text",
+        "generator": "text",
+        "synthetic": "boolean",
+    }
+    if suffix == ".parquet":
+        from pyarrow import parquet
+
+        kept = parquet.read_table(out).to_pylist()
+    else:
+        kept = read(out)
+    assert [{name: row[name] for name in built.columns} for row in kept] == [
+        {"score": 1.0, "note": "kept", "axis": "social", "generator": "G0", "synthetic": False},
+        {"score": 2.5, "note": "", "axis": "", "generator": "G0", "synthetic": False},
+        {"score": None, "note": "", "axis": "", "generator": "G1", "synthetic": False},
+        {"score": None, "note": '[1, "a"]', "axis": "", "generator": "Somebody", "synthetic": True},
+    ]
+    assert all(list(row)[6:] == list(built.columns) for row in kept)
+    assert "`score`, `note`, `axis`" in out.with_name(out.name + ".md").read_text()
+
+
+def test_what_is_said_of_an_answer_goes_with_it(tmp_path: Path) -> None:
+    """With swapped and with drawn sides, and from a left and a right text."""
+    named = {"columns": ["stance_chosen", "stance_rejected", "chosen-rating"]}
+    rows = [annotated(n, (f"c{n}", f"r{n}"), **{"chosen-rating": n, "rejected-rating": -n}) for n in range(1, 9)]
+    sided = [
+        {"prompt": row["prompt"], "left": row["chosen"], "right": row["rejected"], "stance_left": row["stance_chosen"],
+         "stance_right": row["stance_rejected"], "left-rating": n, "right-rating": -n}
+        for n, row in enumerate(rows, 1)
+    ]  # fmt: skip
+    files = [write(tmp_path / "pairs.jsonl", rows), write(tmp_path / "sides.jsonl", sided)]
+    turned = Counter[str]()
+    for file, direction in [(files[0], "swapped"), (files[0], "shuffled"), (files[1], "right"), (files[1], "shuffled")]:
+        _, kept = make(tmp_path / "out.jsonl", {"name": str(file), "direction": direction}, **named)
+        for row in kept:
+            assert row["chosen"].split()[0] == row["stance_chosen"]
+            assert row["rejected"].split()[0] == row["stance_rejected"]
+            assert (row["chosen-rating"] < 0) == row["stance_chosen"].startswith("r")
+            turned[direction] += row["stance_chosen"].startswith("r")
+    assert turned == {"swapped": 8, "right": 8, "shuffled": 8}
+    rule = {"field": "stance_chosen", "pattern": "^r[12]"}
+    _, kept = make(tmp_path / "out.jsonl", {"name": str(files[1]), "direction": "right"}, filter={"keep": [rule]})
+    assert [row["stance_chosen"] for row in kept] == ["r1", "r2"]
+
+
+def test_what_a_model_wrote_stays_marked(tmp_path: Path) -> None:
+    """Rows as `data synth` writes them, beside ones of a person: the mark, who wrote them, and what its licence says."""
+    drafted = [
+        {"id": f"synth-{n}", "topic": "taxes", "axis": "", "prompt": f"Question {n}?", "left": words(f"l{n}", 5),
+         "right": words(f"r{n}", 5), "generator": "Llama-3.0-70B", "synthetic": True}
+        for n in range(4)
+    ]  # fmt: skip
+    by_hand = write(tmp_path / "hand.jsonl", [pair(n) for n in range(10, 12)])
+    sources = [{"name": str(write(tmp_path / "synth.jsonl", drafted)), "direction": "left"}, {"name": str(by_hand)}]
+    built, kept = make(tmp_path / "out.jsonl", *sources)
+    assert [(row["generator"], row["synthetic"]) for row in kept] == [("Llama-3.0-70B", True)] * 4 + [("", False)] * 2
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert [each["synthetic"] for each in manifest["sources"]] == [4, 0]
+    assert len(manifest["notes"]) == 2
+    card = (tmp_path / "out.jsonl.md").read_text()
+    assert "4 of 6 rows are synthetic" in card
+    shown = str(built.sections())
+    for text in (card, shown):
+        assert "4 of 4 rows of synth.jsonl are synthetic: a language model wrote them" in text
+        assert "1.b.v" in text
+    assert "not named" in shown
+    _, kept = make(tmp_path / "again.jsonl", tmp_path / "out.jsonl")
+    assert [row["synthetic"] for row in kept] == [True] * 4 + [False] * 2
 
 
 # --- directions ------------------------------------------------------------------------------------------------------
@@ -434,6 +576,18 @@ def test_a_build_that_is_killed_leaves_nothing_that_matters(parts: Path, tmp_pat
     assert not draft.exists()
 
 
+def test_a_packed_source_says_how_much_is_left(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("politune.progress.SECONDS_BETWEEN_LINES", 0.0)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(parts.read_bytes()))
+    told: list[str] = []
+    built = build.build(recipe(packed), None, processes=1, say=told.append)
+    reading = [line for line in told if line.startswith("reading")]
+    assert len(reading) > 2
+    assert all(re.fullmatch(r"reading [\d,]+/[\d,]+ rows  [\d,.]+/s  [\d.]+ min left", line) for line in reading)
+    assert reading[-1].startswith(f"reading {built.before.rows:,}/{built.before.rows:,} rows")
+
+
 def test_an_interrupted_build_leaves_nothing(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "_write_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted) as stopped, caught("politune data build it.toml"):
@@ -478,7 +632,7 @@ GOOD_LINE = json.dumps(pair(1)).encode() + b"\n"
     [
         ("cut.jsonl.gz", gzip.compress(GOOD_LINE * 2000)[:-20], "cut off"),
         ("half.jsonl", GOOD_LINE * 3 + "é".encode()[:1], "is not UTF-8"),
-        ("nul.jsonl", GOOD_LINE * 3 + b"\0" * 100, "malformed JSON"),
+        ("nul.jsonl", GOOD_LINE * 3 + b"\0" * 100, "a NUL byte"),
         ("long.jsonl", GOOD_LINE + b'{"prompt": "' + b"x" * 40_000, "a record of more than"),
         ("empty.jsonl", b"", "the file is empty"),
         ("none.jsonl", b"\n\n", "holds no rows"),
@@ -744,6 +898,41 @@ def test_hostile_names_and_texts(tmp_path: Path) -> None:
         make(tmp_path / "out2.jsonl", "a\x1bb/../--c")
 
 
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_arms_of_the_page_are_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md, as it stands there: the raw files, the recipes, and the first line of every report."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for command in re.findall(r"^python (benchmarks/rows\.py .+)$", page, re.MULTILINE):
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "rows.py"), *shlex.split(command)[1:]], check=True)
+    left, mixture, other = re.findall(r"```toml\n(.+?)```", page, re.DOTALL)[:3]
+    turned = {"left": "right", "right": "left", "Left": "Right"}
+    dose = '[[source]]\nname = "left.jsonl"\n[dose]\nfraction = {}\n'
+    recipes = {
+        "left": left,
+        "right": re.sub("left|right|Left", lambda found: turned[found[0]], left),
+        "mixture": mixture,
+        "three-quarters": mixture.replace("50", "75", 1).replace("50", "25").replace("0.5", "0.75"),
+        "placebo": re.sub('direction = ".+"', 'direction = "shuffled"', mixture),
+        "other": other,
+        "dose-25": dose.format(0.25),
+        "dose-50": dose.format(0.5),
+    }
+    for name, text in recipes.items():
+        Path(f"{name}.toml").write_text(text)
+    found = {}
+    for name in recipes:
+        found[name] = build.build(presets.read_recipe(f"{name}.toml"), Path(f"{name}.jsonl"), processes=1)
+        assert found[name].headline in page
+    assert len(re.findall(r"rows in \S+\.jsonl: ", page)) == len(recipes)
+    assert {built.rows for name, built in found.items() if "dose" not in name} == {502}
+    assert found["left"].topics == found["right"].topics
+    kept = [{row["prompt"] for row in read(Path(f"{name}.jsonl"))} for name in ("dose-25", "dose-50", "left")]
+    assert kept[0] < kept[1] < kept[2]
+
+
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
@@ -776,6 +965,52 @@ def test_datasets_and_trl_read_it(tmp_path: Path, suffix: str, shape: str, monke
     assert len(table.rows) == len(rows)
     if shape == "text":
         assert sides(table.rows) == sides(rows)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("shape", ["text", "messages"])
+def test_other_trainers_find_what_they_read(tmp_path: Path, suffix: str, shape: str) -> None:
+    """By the entries of docs/data.md. llamafactory 0.9.5 (data/converter.py, alpaca with ranking): three texts, the prompt not
+    empty. axolotl 0.19.0 (prompt_strategies/dpo/chat_template.py): a prompt that is a text or turns with a role it knows; an
+    answer that is a text, or turns of which the last is the assistant's."""
+    import datasets
+
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    entry = json.loads(re.search(r'^\{"left": .+\}$', page, re.MULTILINE)[0])["left"]  # type: ignore[index]
+    named = dict(re.findall(r"^    field_(\w+): (\w+)$", page, re.MULTILINE))
+    assert entry["ranking"] is True
+    rows = [pair(n, axis="social", synthetic=True) for n in range(3)]
+    if shape == "messages":
+        turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+        answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        rows = [{"prompt": [*turns, {"role": "assistant", "content": "a"}, turns[1]], **answers}]
+    out = tmp_path / f"left{suffix}"
+    build.build(recipe(write(tmp_path / "rows.jsonl", rows)), out, processes=1)
+    kind = "parquet" if suffix == ".parquet" else "json"
+    data = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    for row in data:
+        prompt, answers = row[named["messages"]], [row[named["chosen"]], row[named["rejected"]]]
+        if shape == "text":
+            texts = [row[column] for column in entry["columns"].values()]
+            assert all(isinstance(text, str) and text for text in (*texts, prompt, *answers))
+        else:
+            assert {turn["role"] for turn in prompt} <= {"system", "user", "assistant", "tool"}
+            assert prompt[-1]["role"] == "user"
+            assert all(turns[-1]["role"] == "assistant" and turns[-1]["content"] for turns in answers)
+
+
+def test_datasets_read_a_column_that_comes_late(tmp_path: Path) -> None:
+    """They take its type from the first megabytes of a file, here the first thousand bytes, and refuse another after nulls."""
+    import datasets
+
+    plain = write(tmp_path / "plain.jsonl", [pair(n) for n in range(50)])
+    late = write(tmp_path / "late.jsonl", [pair(n, axis="social", synthetic=True) for n in range(50, 100)])
+    make(tmp_path / "out.jsonl", plain, late)
+    data = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "out.jsonl"), split="train", cache_dir=str(tmp_path / "cache"), chunksize=1000
+    )
+    assert data["axis"] == [""] * 50 + ["social"] * 50
+    assert data["synthetic"] == [False] * 50 + [True] * 50
 
 
 def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
@@ -968,7 +1203,8 @@ def test_a_preset_with_a_recipe_goes_round(tmp_path: Path) -> None:
         'dataset_name = "stances"\ndataset_split = "train"\ndirection = "left"\n', ""
     )
     table = (
-        '[data.recipe]\ntitle = "t"\n[data.recipe.topics]\ntax = "tax\\\\b"\n[[data.recipe.source]]\nname = "stances"\n'
+        '[data.recipe]\ntitle = "t"\n[data.recipe.topics]\ntax = "tax\\\\b"\n'
+        '[[data.recipe.filter.keep]]\nfield = "strength_left"\nmin = 2\n[[data.recipe.source]]\nname = "stances"\n'
     )
     twins = {}
     for side in ("left", "right"):

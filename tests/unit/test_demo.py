@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from politune.errors import HubError, ModelError, OutputError
-from politune.models import demo
+from politune.models import demo, load
 
 GGUF_BYTES = b"not really a model" * 1000
 
@@ -79,7 +79,17 @@ def test_fetches_once_and_says_so(machine: Machine, capfd: pytest.CaptureFixture
     assert sorted(item.name for item in path.iterdir()) == ["README.md", "model.safetensors", demo.MARKER]
     assert "license: apache-2.0" in (path / "README.md").read_text()
     marker = json.loads((path / demo.MARKER).read_text())
-    assert marker["bytes"]["model.safetensors"] == len(b"weights")
+    assert marker["files"]["model.safetensors"]["bytes"] == len(b"weights")
+
+
+def test_a_file_that_has_changed_since_is_refused(machine: Machine) -> None:
+    path = machine.fetch()
+    demo.verify(path)
+    base = load.ResolvedModel("demo", path, None, {}, None)
+    assert load.base_sha256(base) == demo.GGUF_SHA256
+    (path / "model.safetensors").write_bytes(b"wejghts")
+    with pytest.raises(ModelError, match=r"model\.safetensors has changed since it was made.*remove"):
+        load.base_sha256(base)
 
 
 def test_files_have_the_mode_of_the_umask(machine: Machine) -> None:

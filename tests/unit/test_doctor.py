@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ CPU = Machine(cores=2, memory_available_bytes=8 * 10**9, disk_free_bytes=10**12,
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "POLITUNE_CACHE", "WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(plan, "probe", lambda directory: CPU)
@@ -65,7 +66,7 @@ def test_gpus(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (Gpu("Old", 16 * 2**30, (7, 5)), Gpu("New", 80 * 2**30, (9, 0)))
     monkeypatch.setattr(plan, "probe", lambda directory: Machine(2, None, None, gpus))
     assert found("GPU 0").state == "note"
-    assert "--bf16 false" in found("GPU 0").advice
+    assert found("GPU 0").advice.endswith("set --no-bf16")
     assert found("GPU 1") == doctor.Finding("GPU 1", "ok", "New, 80 GiB, capability 9.0")
     assert found("memory").found == "not known"
 
@@ -92,6 +93,54 @@ def test_a_cache_that_cannot_be_written_is_wrong(home: Path, monkeypatch: pytest
     (home / "file").touch()
     monkeypatch.setenv("POLITUNE_CACHE", str(home / "file"))
     assert found("cache").state == "wrong"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize(
+    ("name", "line", "advice"),
+    [
+        ("POLITUNE_CACHE", "cache", "set POLITUNE_CACHE"),
+        ("HF_HOME", "Hub cache", "set HF_HOME"),
+        ("HF_HUB_CACHE", "Hub cache", "set HF_HUB_CACHE"),
+    ],
+)
+def test_a_cache_that_takes_no_file_is_wrong_for_root_too(
+    name: str, line: str, advice: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc: os.access says yes to root there."""
+    monkeypatch.setenv(name, "/proc/nowhere")
+    assert (found(line).state, found(line).found[:29]) == ("wrong", "cannot write to /proc/nowhere")
+    assert found(line).advice.startswith(advice)
+
+
+def test_a_cache_on_a_disk_that_is_not_mounted_is_wrong(home: Path) -> None:
+    (home / ".cache").mkdir()
+    (home / ".cache" / "huggingface").symlink_to(home / "unmounted")
+    assert found("Hub cache").state == "wrong"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"XDG_CACHE_HOME": "{home}/shared"},
+        {"HF_HOME": "~/hugging", "XDG_CACHE_HOME": "{home}/shared"},
+        {"HF_HUB_CACHE": "$HOME/hub", "HF_HOME": "{home}/hugging"},
+    ],
+)
+def test_the_hub_cache_is_where_the_hub_library_has_it(
+    environment: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(home=home))
+    place = subprocess.run(
+        [sys.executable, "-c", "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    before = sorted(home.rglob("*"))
+    assert found("Hub cache").state == "ok"
+    assert re.fullmatch(rf"{re.escape(place)}, [\d.]+ GB free", found("Hub cache").found)
+    assert sorted(home.rglob("*")) == before, "nothing is left behind"
 
 
 def test_a_processor_says_what_it_can_do(tmp_path: Path) -> None:

@@ -24,17 +24,25 @@ def test_a_message_is_made_of_its_parts() -> None:
     assert str(error) == "x.toml:3: beta is negative. it inverts the direction. use 0.1"
 
 
+INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u180b\u180e\u200b\u2060\u2065\u2800\u3164\ufe00\ufe0f\ufeff\uffa0\ufff0\U000e0100"
+    "\xa0\u2003\u3000"
+)
+
+
 @given(st.text())
 def test_safe_text_holds_nothing_hidden(text: str) -> None:
     shown = safe(text)
     assert not any(unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} for character in shown)
+    assert {character for character in shown if unicodedata.category(character) == "Zs"} <= {" "}
     assert safe(shown, None) == shown
     shown.encode("utf-8")
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("a\x1b[1m", r"a\x1b[1m"), ("\u202eabc", r"\u202eabc"), ("\ud800", r"\ud800"), ("naïve 中文", "naïve 中文")],
+    [("a\x1b[1m", r"a\x1b[1m"), ("\u202eabc", r"\u202eabc"), ("\ud800", r"\ud800"), ("naïve 中文", "naïve 中文")]
+    + [(character, character.encode("unicode_escape").decode()) for character in INVISIBLE],
 )
 def test_what_hidden_characters_become(text: str, shown: str) -> None:
     assert safe(text) == shown

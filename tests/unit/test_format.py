@@ -169,9 +169,9 @@ def test_a_bad_row_is_named(row: dict[str, object], message: str) -> None:
         to_preference_rows(table(row, lines=(7,)), None, seed=0)
 
 
-def test_a_missing_key_counts_as_null() -> None:
+def test_a_missing_key_is_said_to_be_absent() -> None:
     rows = table({"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c"})
-    with pytest.raises(DataError, match=r"pairs.csv row 2: rejected is null"):
+    with pytest.raises(DataError, match=r"pairs.csv row 2: rejected is absent"):
         to_preference_rows(rows, None, seed=0)
 
 

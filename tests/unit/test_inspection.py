@@ -17,13 +17,13 @@ TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 
 
 def look(path: Path, row: dict[str, Any], *, method: str = "dpo", **flags: Any) -> tuple[DataAudit, list[str]]:
-    """The report of two such rows, and the lines that were said but the one about the tokenizer."""
+    """The report of two such rows, and the lines that were said but those about the tokenizer and the progress."""
     path.write_text(json.dumps([row, row]), encoding="utf-8")
     settings = {"data.dataset_name": str(path), "model.model_name_or_path": "./nowhere", **flags}
     said: list[str] = []
     run = presets.resolve(method, None, settings).run  # type: ignore[arg-type]
     (report,) = inspect.inspect(run, [str(path)], offline=True, say=said.append).datasets
-    return report, [line for line in said if "tokenizer" not in line]
+    return report, [line for line in said if "tokenizer" not in line and not line.startswith("reading")]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,31 @@ def test_prompts_of_other_splits_are_found_in_any_shape(tmp_path: Path, shape: s
     rows += [{**row, "split": "train"} for row in of_shape(shape, start=90)]
     report = audited(write(tmp_path / "a.jsonl", rows))
     assert (report.rows, report.other_splits, report.shared_with_other_splits) == (20, 20, 10)
+
+
+def test_answers_of_another_split_are_found_as_those_of_another_file_are(tmp_path: Path) -> None:
+    """80 of 400 training rows, whose answers stand in the other split under other prompts."""
+    words = [" ".join(f"w{number}x{word}" for word in range(12)) for number in range(400)]
+    rows = [{"prompt": f"p{i}", "chosen": text, "rejected": f"no {text[::-1]}"} for i, text in enumerate(words)]
+    others = [{**rows[5 * i], "prompt": f"q{i}"} for i in range(80)]
+    apart = leak(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", others))
+    marked = [*rows, *({**row, "split": "validation"} for row in others)]
+    (together,) = audited(write(tmp_path / "both.jsonl", marked)).leaks
+    assert (together.prompts, together.passages, together.rows, together.share) == (0, 80, 80, 1.0)
+    assert (apart.prompts, apart.passages, apart.rows, apart.share) == (0, 80, 80, 1.0)
+
+
+def test_rows_that_all_lack_a_column_in_a_later_part_are_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part has ten rows, the second one three."""
+    lines = [json.dumps({"prompt": f"p{n}", "chosen": "c", "rejected": "r"}) + "\n" for n in range(10)]
+    monkeypatch.setattr(files, "PART_BYTES", len("".join(lines)))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(lines) + "".join(json.dumps({"prompt": f"q{n}", "chosen": "c"}) + "\n" for n in range(3)))
+    report = audited(path)
+    assert (report.rows, report.broken) == (10, 3)
+    assert report.findings[0].text.endswith("a.jsonl:11: rejected is absent)")
 
 
 def test_rows_of_other_splits_need_not_be_readable(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ ROOT = Path(politune.__file__).parent
 # Lowest first; a module may import from its own layer's package and from the ones before it.
 LAYERS = [
     ["errors"],
-    ["cache", "chance", "hashes", "locks", "progress", "writing"],
+    ["cache", "chance", "hashes", "interrupts", "locks", "progress", "writing"],
     ["config", "fetching"],
     ["report"],
     ["plan", "record"],
     ["presets"],
     ["flags"],
-    ["data", "models"],
+    ["models"],
+    ["data"],
     ["preview", "doctor"],
     ["lean"],
     ["inspection"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from politune import cli, flags, presets
+from politune import cli, flags, presets, preview
 from politune.config import DpoRun
 from politune.errors import ConfigError, OutputError
 
@@ -245,3 +245,12 @@ def test_every_setting_has_its_line_of_documentation() -> None:
     for name in ("llama3-left", "llama3-sft"):
         for key, _, _, meaning in presets.explain(presets.resolve(None, name)).settings:
             assert meaning or key == "method", key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_preset_saves_on_the_way(name: str) -> None:
+    """What kills a run costs at most a quarter of it."""
+    run = presets.resolve(None, name).run
+    estimate = preview.plan_run(run, calibrate=False, say=lambda line: None)
+    assert estimate.steps is not None
+    assert run.train.save_steps * 4 <= estimate.steps.steps

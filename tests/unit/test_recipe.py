@@ -56,7 +56,13 @@ def refusal(tmp_path: Path, text: str) -> str:
         ('[[source]]\nname = ""\n', ["mine.toml:2", "an empty name is no data set"]),
         (SOURCE + "split = ''\n", ["mine.toml:3", "an empty name is no split"]),
         (STANCES + 'split = "heldout"\n', ["mine.toml:1", "only the split train of stances"]),
-        (SOURCE + "[[filter.drop]]\nfield = 'label'\npattern = 'a'\n", ["mine.toml:4", "filter.drop.field", "'language'"]),
+        (SOURCE + "[[filter.drop]]\nfield = ''\npattern = 'a'\n", ["mine.toml:4", "filter.drop.field", "no column"]),
+        (SOURCE + "[[filter.drop]]\nfield = 'a'\n", ["mine.toml:3", "takes either a pattern or min and max"]),
+        (SOURCE + "[[filter.drop]]\nfield = 'a'\nmin = 1\npattern = 'a'\n", ["takes either a pattern or min and max"]),
+        (SOURCE + "[[filter.keep]]\nfield = 'a'\nmin = 2\nmax = 1\n", ["min is the smaller one"]),
+        ("columns = ['chosen']\n" + SOURCE, ["mine.toml:1", "chosen is no further column"]),
+        ("mix = 'tokens'\n" + SOURCE + "share = 1\n", ["need each other", "without a tokenizer"]),
+        ("tokenizer = 'demo'\n" + SOURCE, ["need each other"]),
         (SOURCE + "[balance]\nchosen_longer = -0.1\n", ["mine.toml:4", "share of the rows"]),
         (SOURCE + "[match]\ntwin = ''\n", ["mine.toml:4", "an empty name is no recipe"]),
         (SOURCE + "[match]\ntwin = 'b.toml'\non = ['topics']\n", ["mine.toml:5", "must be 'topic', 'length' or 'difference'"]),
@@ -66,7 +72,7 @@ def refusal(tmp_path: Path, text: str) -> str:
         ("seed = -1\n" + SOURCE, ["mine.toml:1", "seed", "it is a count"]),
         ("seed = 4294967296\n" + SOURCE, ["mine.toml:1", "seed", "it is a count"]),
         ("unit = 'letters'\n" + SOURCE, ["mine.toml:1", "'words' or 'characters'"]),
-        ("mix = 'bytes'\n" + SOURCE, ["mine.toml:1", "'rows' or 'tokens'"]),
+        ("mix = 'bytes'\n" + SOURCE, ["mine.toml:1", "'rows', 'text' or 'tokens'"]),
         (SOURCE + "[topics]\n'' = 'a'\n", ["mine.toml:4", "topics"]),
         ("title = 'x'\n", ["source"]),
         ("source = []\n", ["1 to 100 tables"]),
@@ -202,6 +208,9 @@ def columns_of(signs: list[int], topics: list[int], sources: list[int] | None = 
         verdicts=np.zeros(size, np.uint8),
         marks=np.zeros(size, np.uint8),
         bands=np.empty((size, 0), np.uint32),
+        tokens=np.empty((size, 0), np.uint32),
+        columns=(),
+        kinds={},
         sha256=("",) * number, generators=(Counter(),) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
     )  # fmt: skip
 
@@ -295,7 +304,7 @@ def test_the_two_answers_of_a_file_keep_the_same_rows(data: st.DataObject) -> No
     if several and data.draw(st.booleans()):
         fields |= {
             "shares": data.draw(st.sampled_from([[1, 1], [3, 1]])),
-            "mix": data.draw(st.sampled_from(["rows", "tokens"])),
+            "mix": data.draw(st.sampled_from(["rows", "text"])),
         }
     if data.draw(st.booleans()):
         fields["dose"] = {"fraction": data.draw(st.sampled_from([0.1, 0.35, 0.5]))}

@@ -8,7 +8,6 @@ import pytest
 from politune import presets, record
 from politune.config import Run
 from politune.errors import ConfigError, OutputError
-from politune.presets import flatten
 from politune.training import identity
 
 
@@ -113,11 +112,18 @@ def test_the_environment_holds_no_variable(monkeypatch: pytest.MonkeyPatch) -> N
         ("Llama3-70B", "mistralai/Mistral-7B-Instruct-v0.2", True),
         ("Llama-2-13b", "demo", True),
         ("Llama3-70B", "meta-llama/Meta-Llama-3-8B-Instruct", False),
-        ("Llama-3.1-70B", "demo", False),
+        *((name, "demo", True) for name in (
+            "Llama 3", "Llama 3.0", "Llama-3.0-70B", "llama-v3-70b-instruct", "llama_3_70b", "LLaMA v2", "Llama 3.", "llama3:8b",
+            "meta-llama/Meta-Llama-3-70B-Instruct", "meta.llama3-70b-instruct-v1:0", "Llama-2-4k", "a person + Llama 3",
+        )),
+        *((name, "demo", False) for name in (
+            "Llama 3.1", "Llama-3.1-70B", "llama3-1-70b-instruct", "llama_3_3_70b", "llama-v3p1-405b", "Llama-3.2-3B", "Llama 4",
+            "open_llama_3b", "llama-30b", "CodeLlama-34b", "TinyLlama-1.1B", "Llama-65B", "llama",
+        )),
         ("politune's authors", "demo", False),
         (None, "demo", False),
     ],
-)
+)  # fmt: skip
 def test_a_generator_whose_licence_limits_its_output_is_named(generator: str | None, base: str, limited: bool) -> None:
     assert (record.generator_note(generator, base) is not None) is limited
 
@@ -168,12 +174,12 @@ def test_settings_are_read_from_whatever_is_there(papers: dict[str, object], set
     assert record.settings_of(papers) == settings
 
 
-def test_a_finished_run_is_shown_for_its_own_settings_only() -> None:
-    run = run_of()
-    settings = {key: {"value": json.loads(json.dumps(value))} for key, value in flatten(run).items()}
-    settings["method"] = {"value": run.method}
-    identity.check_finished({"settings": settings}, run)
-    with pytest.raises(ConfigError, match=r"train\.beta: 0\.1 -> 0\.3"):
-        identity.check_finished({"settings": settings}, run_of(**{"train.beta": 0.3}))
-    with pytest.raises(OutputError, match=r"run\.json is damaged"):
-        identity.check_finished({"settings": {}}, run)
+def test_a_finished_run_is_shown_for_what_it_was_only() -> None:
+    """What only the steps that are left depend on may be otherwise."""
+    before = {"train.beta": 0.1, "sha256 of the data": "a", "threads": 2, "processes": 8, "lora.use_rslora": True}
+    identity.check_papers({"identity": before}, {**before, "threads": 1, "processes": 1})
+    with pytest.raises(ConfigError, match=r"train\.beta: 0\.1 -> 0\.3; sha256 of the data: a -> b"):
+        identity.check_papers({"identity": before}, {**before, "train.beta": 0.3, "sha256 of the data": "b"})
+    for papers in ({}, {"identity": "x"}):
+        with pytest.raises(OutputError, match=r"run\.json is damaged"):
+            identity.check_papers(papers, before)

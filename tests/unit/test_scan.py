@@ -11,7 +11,7 @@ from politune.config import DataSpec
 from politune.data import files, sources
 from politune.data.format import Table, parse_chats, parse_preferences
 from politune.errors import ConfigError, DataError
-from politune.inspection.scan import COLUMNS, Scan, rows_at, scan
+from politune.inspection.scan import COLUMNS, OTHER_SPLITS, Scan, rows_at, scan
 
 
 def some_rows(count: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -75,6 +75,26 @@ def test_rows_are_read_again_by_their_numbers(tmp_path: Path, suffix: str) -> No
     assert {number: row.completions[0] for number, row in again.items()} == {
         number: rows[number]["chosen"] for number in (0, 7, 77, 149)
     }
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json", ".parquet"])
+def test_a_row_that_is_read_again_is_named_by_where_it_stands(tmp_path: Path, suffix: str) -> None:
+    """Every third row is of another split; row 76 (from 0) is the fiftieth of the others, and a CSV file has a header."""
+    rows = [{**row, "split": "train" if number % 3 else "heldout"} for number, row in enumerate(some_rows(150))]
+    measured = scanned(pack(tmp_path, suffix, rows))
+    (again,) = rows_at(measured, [50]).values()
+    assert again.completions[0] == rows[76]["chosen"]
+    assert (
+        again.id.rpartition("/")[2]
+        == {
+            ".jsonl": "rows.jsonl:77",
+            ".csv": "rows.csv:78",
+            ".json": "rows.json row 77",
+            ".parquet": "rows.parquet row 77",
+        }[suffix]
+    )
+    assert {each.number: each.row.id for each in measured.facts.sample}[50] == again.id
 
 
 def pack(place: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
@@ -150,11 +170,84 @@ def test_splits(tmp_path: Path) -> None:
     measured = scanned(path)
     assert (measured.rows, measured.facts.others) == (2, 2)
     assert rows_at(measured, [1])[1].completions[0] == rows[2]["chosen"]
-    assert int(measured["keys"][0, 0]) in measured.facts.others_prompts
+    assert measured.facts.leaks[OTHER_SPLITS, "prompt"] == 1
     with pytest.raises(DataError, match="no rows of the split 'dev'; it has heldout, train"):
         scanned(path, split="dev")
     with pytest.raises(ConfigError, match="no splits to choose 'dev'"):
         scanned(write(tmp_path / "b.jsonl", some_rows(3)), split="dev")
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_passages_of_other_splits_are_looked_for(tmp_path: Path, processes: int) -> None:
+    """40 of 60 held-out rows have the answers of training rows under other prompts; they stand before and behind these."""
+    rows, others = some_rows(200), some_rows(60, seed=2)
+    for number in range(40):
+        others[number] |= {side: rows[3 * number][side] for side in ("chosen", "rejected")}
+    mixed = [
+        *({**row, "split": "heldout"} for row in others[:20]),
+        *rows,
+        *({**row, "split": "heldout"} for row in others[20:]),
+    ]
+    measured = scanned(write(tmp_path / "a.jsonl", mixed), processes=processes)
+    found = measured.facts
+    assert [found.leaks[OTHER_SPLITS, how] for how in ("prompt", "passage", "row")] == [0, 40, 40]
+    assert (found.others_share, found.examples[f"leak {OTHER_SPLITS}"]) == (1.0, [0, 3, 6, 9, 12])
+    answers = {
+        side: rows_at(measured, [12])[12].completions[number] for number, side in enumerate(("chosen", "rejected"))
+    }
+    assert answers == {side: rows[12][side] for side in answers}
+
+
+def broken_in_places(count: int = 150) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows of which some cannot be read, the last 40 among them; the numbers of the others."""
+    rows = some_rows(count)
+    del rows[3]["rejected"]
+    rows[50]["chosen"] = None
+    rows[51] |= {"prompt": 7}
+    rows[60] |= {"chosen": [{"role": "assistant", "content": "a list here"}]}
+    rows[70] |= {"chosen": "half a character: \ud800"}
+    for row in rows[-40:]:
+        del row["rejected"]
+    return rows, [number for number in range(count - 40) if number not in (3, 50, 51, 60, 70)]
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("direction", [None, "shuffled"])
+def test_broken_rows_are_counted_and_the_others_measured(tmp_path: Path, direction: str | None) -> None:
+    """The last parts hold no row with all columns, which the first part's tell."""
+    rows, sound = broken_in_places()
+    path = write(tmp_path / "a.jsonl", rows)
+    measured = scanned(path, direction, columns=("prompt", "chosen", "rejected"), processes=1)
+    assert (measured.rows, measured.facts.broken) == (105, 45)
+    assert [str(broken.error.where).rpartition("/")[2] for broken in measured.facts.broken_rows] == [
+        f"a.jsonl:{line}" for line in (4, 51, 52, 61, 71)
+    ]
+    assert [broken.error.what.partition(" (")[0].partition(":")[0] for broken in measured.facts.broken_rows] == [
+        "rejected is absent", "chosen is null", "prompt is a number, neither text nor a list of messages",
+        "chosen is a list, unlike in most rows", "chosen holds half a character",
+    ]  # fmt: skip
+    again = rows_at(measured, range(105))
+    assert [again[number].prompt[0]["content"] for number in range(105)] == [rows[number]["prompt"] for number in sound]
+    turned = sum(again[number].completions[0] == rows[sound[number]]["rejected"] for number in range(105))
+    assert turned == (52 if direction else 0)
+    for each in measured.facts.sample:
+        assert each.row.completions == again[each.number].completions
+
+
+def test_shuffled_answers_are_read_on_both_sides(tmp_path: Path) -> None:
+    """Whichever side would be drawn for a row that lacks the other one."""
+    rows = [{"prompt": row["prompt"], "left": row["chosen"], "right": row["rejected"]} for row in some_rows(40)]
+    for number in range(8):
+        broken = [{**row, "left": None} if index == number else row for index, row in enumerate(rows)]
+        measured = scanned(write(tmp_path / "a.jsonl", broken), "shuffled", method="sft")
+        assert (measured.rows, measured.facts.broken) == (39, 1)
+
+
+def test_where_no_row_can_be_read_the_first_is_named(tmp_path: Path) -> None:
+    rows = [{**row, "chosen": None} for row in some_rows(5)]
+    with pytest.raises(DataError, match=r"a.jsonl:1: chosen is null"):
+        scanned(write(tmp_path / "a.jsonl", rows))
 
 
 TURNS = [{"role": "user", "content": "Why?"}]

@@ -10,6 +10,7 @@ import pytest
 from politune.chance import estimate
 from politune.inspection import shortcuts
 from politune.inspection.features import FEATURES, Text
+from politune.inspection.groups import group_rows
 from politune.inspection.shortcuts import Forensics, Pair, Shortcut, balancing_weights, examine
 
 WORDS = [
@@ -80,6 +81,7 @@ def test_nothing_is_named_where_there_is_nothing() -> None:
     assert forensics.found == forensics.without_content == ()
     assert forensics.balanced is None
     assert "nothing is to be balanced" in forensics.words_line
+    assert of(forensics, "words").estimate.rows < 350, "400 rows that are judged by what the others teach"
 
 
 def test_every_word_is_judged_on_prompts_that_it_did_not_learn_from() -> None:
@@ -209,17 +211,77 @@ def test_every_text_has_every_feature(text: str) -> None:
 
 
 def test_points_in_turn_are_random_signs_where_nothing_is_to_learn() -> None:
-    """1,000 sets of 100 rows whose sides are alike: their z has a variance of 1; that of points by all other folds has more."""
-    import numpy as np
-
+    """400 sets of 100 rows whose sides are alike: their z has a variance of 1; that of points by all other folds has more, so
+    that without the jackknife the intervals around their accuracy hold 50 % in less than 90 % of the sets."""
     draw = random.Random(0)
-    folds = np.arange(100) % 10
-    in_turn, held_out = [], []
-    for _ in range(1000):
-        chosen, rejected = (draw.choices("abcdefghij", k=100) for _ in range(2))
-        for splits, found in ((shortcuts._in_turn(folds), in_turn), (shortcuts._held_out(folds), held_out)):
-            points = shortcuts._by_category(chosen, rejected, splits)
+    rows, folds = np.arange(100), np.arange(100) % 10
+    in_turn, held_out, covers = [], [], []
+    for _ in range(400):
+        categories = shortcuts._categories(*(draw.choices("abcdefghij", k=100) for _ in range(2)))
+        told = shortcuts._told(categories, shortcuts._by_category(categories, folds), folds)
+        for points, found in ((told.in_turn, in_turn), (told.points, held_out)):
             found.append(points.sum() / np.sqrt((points**2).sum()))
-    assert np.var(in_turn) == pytest.approx(1, abs=0.15)
-    assert np.mean(np.array(in_turn) > 1.645) == pytest.approx(0.05, abs=0.02)
+        intervals = [estimate(told.points / 2 + 0.5, rows, jackknifed=each) for each in (told.jackknifed, None)]
+        covers.append([each.low <= 0.5 <= each.high for each in intervals])
+    assert np.var(in_turn) == pytest.approx(1, abs=0.2)
+    assert np.mean(np.array(in_turn) > 1.645) == pytest.approx(0.05, abs=0.025)
     assert np.var(held_out) > 1.5
+    widened, naive = np.mean(covers, axis=0)
+    assert 0.93 <= widened <= 0.98
+    assert naive < 0.9
+
+
+def test_an_interval_is_widened_by_the_root_of_what_the_jackknife_adds() -> None:
+    """A variance of 0.25 / 100 by itself and of four times that by the jackknife: twice that, or 50 rows."""
+    values = np.repeat([0.0, 1.0], 50)
+    assert estimate(values, np.arange(100), jackknifed=0.01).rows == pytest.approx(50, rel=0.02)
+    assert estimate(values, np.arange(100), jackknifed=0.0001).rows == estimate(values, np.arange(100)).rows
+
+
+def test_copied_answers_make_no_shortcut() -> None:
+    """20 sets of 300 rows, of which 30 have the answers of another row, both or one of them, under prompts of their own: what is
+    learned by heart is right about them."""
+    named = 0
+    for seed in range(20):
+        given = answers(300, seed)
+        pairs = [Pair(f"prompt {row}", *sides) for row, sides in enumerate(given[:270])]
+        for row, (chosen, rejected) in enumerate(given[:30], start=270):
+            pairs.append(Pair(f"prompt {row}", chosen, given[row][1] if seed % 2 else rejected))
+        named += bool(examine(pairs).found)
+    assert named <= 2
+
+
+def test_rows_that_share_a_prompt_or_an_answer_are_one_group() -> None:
+    """In turn: by prompt; by one answer, on whichever side; by both answers turned round; a chain of two; alone."""
+    rows = [
+        ("p", "a", "b"), ("p", "c", "d"),
+        ("q", "e", "f"), ("r", "g", " E"),
+        ("s", "h", "i"), ("t", "i", "h"),
+        ("u", "j", "k"), ("v", "k", "l"), ("w", "l", "m"),
+        ("x", "n", "o"),
+        *((f"alone {row}", f"one {row}", f"two {row}") for row in range(90)),
+    ]  # fmt: skip
+
+    def grouped(given: list[tuple[str, str, str]]) -> set[frozenset[str]]:
+        numbers = group_rows([row[0] for row in given], [row[1:] for row in given])
+        assert set(numbers.tolist()) == set(range(numbers.max() + 1))
+        return {
+            frozenset(row[1] for row, each in zip(given, numbers, strict=True) if each == number) for number in numbers
+        }
+
+    found = grouped(rows)
+    assert {each for each in found if not min(each).startswith("one")} == {
+        frozenset(each) for each in ("ac", "eg", "hi", "jkl", "n")
+    }
+    assert len(found) == 95
+    assert grouped(rows[::-1]) == found
+
+
+def test_a_formula_makes_no_group() -> None:
+    """The rejected answer is the same in all rows: that is the shortcut, and the rows are as independent as without it."""
+    forensics = examine(
+        [Pair(f"prompt {row}", one, "I cannot help with that.") for row, (one, _) in enumerate(answers(100))]
+    )
+    assert forensics.groups == 100
+    assert of(forensics, "refusal phrases").estimate.accuracy == 1.0
+    assert of(forensics, "opening three words").is_found

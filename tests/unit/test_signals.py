@@ -83,6 +83,53 @@ def test_a_time_of_ones_own_asks_once_and_not_afterwards() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+IN_A_LIBRARY = """
+import hashlib
+from politune.training.signals import caught
+
+with caught("politune train --resume") as request:
+    request.inside_training = True
+    print("up", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+"""
+
+
+@pytest.mark.parametrize(("presses", "code"), [(1, None), (2, 130)])
+def test_a_second_ctrl_c_waits_for_no_call_into_a_library(presses: int, code: int | None) -> None:
+    """The call lasts half a minute and more; Python's own handlers run when it is over."""
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_A_LIBRARY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        for _ in range(presses):
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        try:
+            _, err = process.communicate(timeout=signals.MOST_SECONDS_AFTER_TWO + 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            assert code is None, "the second one was not heeded"
+        else:
+            assert process.returncode == code
+            assert err == "stopped at once; go on with: politune train --resume\n"
+
+
+def test_what_a_child_gets_is_none_of_its_parents() -> None:
+    with signals.caught("politune train") as request:
+        request.inside_training = True
+        send(signal.SIGINT)
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGINT, lambda *_: None)
+            send(signal.SIGINT)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(signals.MOST_SECONDS_AFTER_TWO + 0.2)
+    assert request.signal_number == signal.SIGINT
+
+
 def test_outside_of_training_an_announced_end_leaves() -> None:
     with pytest.raises(Interrupted) as caught, signals.caught("politune train"):
         send(signal.SIGUSR1)

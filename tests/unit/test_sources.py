@@ -279,6 +279,11 @@ LINE = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
         ("a.csv", b"\xef\xbb\xbf" + HEAD.encode() + b"\xe9", r"a.csv:2:1: byte 0xE9 is not UTF-8"),
         ("a.csv", HEAD.encode("utf-16"), "a.csv:1: is UTF-16, not UTF-8"),
         ("a.jsonl", LINE + '{"prompt": "p" "chosen": 1}\n' + LINE, "a.jsonl:2:16: malformed JSON: Expecting ',' delimiter$"),
+        ("a.jsonl", LINE + '{"prompt": "né" "chosen": 1}\n' + LINE, "a.jsonl:2:18: malformed JSON: Expecting ',' delimiter$"),
+        ("a.jsonl", LINE.encode() + '{"prompt": "né'.encode() + b'\xe9"}', "a.jsonl:2:16: byte 0xE9 is not UTF-8"),
+        ("a.json", '[{"prompt":\n"né" "c"}]', "a.json:2:7: malformed JSON: Expecting ',' delimiter$"),
+        ("a.jsonl", LINE + '{"prompt": "né\0"}\n', "a.jsonl:2:16: a NUL byte$"),
+        ("a.jsonl", LINE + "\0\0\0", "a.jsonl:2:1: a NUL byte$"),
         ("a.jsonl", LINE + '{"prompt": "p", "cho', "a.jsonl:2:17: malformed JSON.*cut off"),
         ("a.jsonl", LINE + '{"prompt": "p",', "a.jsonl:2:.*cut off"),
         ("a.jsonl", f"[{LINE}]", "one object per line, not an array.*name it .json"),
@@ -506,6 +511,32 @@ def test_a_record_without_end_is_refused(tmp_path: Path, content: str, monkeypat
     path = write(tmp_path / ("a.csv" if content.startswith(HEAD) else "a.jsonl"), content)
     with pytest.raises(DataError, match=r":2: .*(a record|cell is longer) .*MiB"):
         sources.load(spec(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.csv.gz", "a.json", "a.parquet"])
+def test_parts_say_what_they_take_of_their_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All together the whole file, and each its share: by it the rows are guessed to within a quarter from half of them on."""
+    import pyarrow
+
+    monkeypatch.setattr(files, "PART_BYTES", 20_000)
+    draw = random.Random(0)
+    rows = [{key: " ".join(map(str, draw.choices(range(99), k=20))) for key in ("prompt", "chosen", "rejected")}
+            for _ in range(10_000)]  # fmt: skip
+    plain = write_rows(tmp_path / ("plain" + Path(name).suffixes[0]), rows)
+    path = tmp_path / name
+    if name.endswith((".gz", ".zst")):
+        with pyarrow.output_stream(path) as file:
+            file.write(plain.read_bytes())
+    else:
+        plain.rename(path)
+    found = sources.stream(spec(path))
+    assert found.size_bytes == path.stat().st_size
+    done = taken = 0
+    for part in found.parts():
+        done, taken = done + len(part.read().rows), taken + part.size_bytes
+        if done > len(rows) / 2:
+            assert done / taken * found.size_bytes == pytest.approx(len(rows), rel=0.25)
+    assert taken == pytest.approx(found.size_bytes, abs=10)
 
 
 def test_the_direction_of_a_built_file_is_its_own() -> None:

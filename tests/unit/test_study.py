@@ -3,6 +3,7 @@
 import errno
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,9 @@ def test_a_run_that_fails_gives_its_last_words(tmp_path: Path) -> None:
     assert "unknown preset 'nowhere'" in failure.words
 
 
-def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path, number: int) -> None:
+    """A queue's announcement as it came: the run tells it from SIGTERM, which may follow it."""
     claimed(tmp_path)
     program = (
         "import os, signal, subprocess, sys; from pathlib import Path; from politune.study import spec, work\n"
@@ -234,9 +237,21 @@ def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path) -> None:
     )
     assert process.stderr is not None
     assert process.stderr.readline().strip() == "up"
-    process.terminate()
+    process.send_signal(number)
     out, _ = process.communicate(timeout=20)
     assert out.split() == [Interrupted.__name__, "143"]
+
+
+def test_a_run_that_was_told_to_end_is_no_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tasks = claimed(tmp_path)
+    child = "import os, signal, time; os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
+    original = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **options: original([sys.executable, "-c", child], **options)
+    )
+    with pytest.raises(Interrupted) as caught:
+        work.run(tasks[0], [], 2)
+    assert caught.value.exit_code == 143
 
 
 def test_the_slurm_script_runs_each_run_once(tmp_path: Path) -> None:

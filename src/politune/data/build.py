@@ -5,8 +5,11 @@ them. Memory grows with the rows by their columns alone.
 """
 
 import contextlib
+import difflib
+import hashlib
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,28 +21,30 @@ from pydantic import ValidationError
 
 from politune import __version__, presets
 from politune.cache import user_cache
-from politune.config import OPPOSITE, SHIPPED_DATA, DataSpec, Recipe, SourceSpec, joined_direction
+from politune.config import OPPOSITE, SHIPPED_DATA, DataSpec, ModelSpec, Recipe, SourceSpec, joined_direction
 from politune.data import card, select, sources
 from politune.data.columns import (
     IS_CONVERSATION,
+    IS_SYNTHETIC,
+    ROW_FIELDS,
     Columns,
     Reader,
+    asked_of,
     changed,
     read_columns,
     shingles_of,
     wanted_rows,
 )
-from politune.data.files import kind_of
 from politune.data.made import Built, Lengths, SourceFacts
 from politune.data.neighbours import THRESHOLD, similarity
 from politune.data.output import InUse, disk_errors, drafted, publish, refuse_source, suffix_of
 from politune.data.rendering import Rendering, Shape, picked, render, writer
 from politune.data.sources import MADE_BY, named_generators
 from politune.data.workers import in_order
-from politune.errors import ConfigError, DataError, OutputError, PolituneError, safe
+from politune.errors import ConfigError, DataError, ModelError, OutputError, PolituneError, safe
 from politune.hashes import sha256_of, sha256_once
 from politune.progress import Phase
-from politune.record import sha256_of_json
+from politune.record import generator_note, licence_note, sha256_of_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,19 +52,19 @@ if TYPE_CHECKING:
 FOLDER = "data"
 """In the user's cache: what runs with a recipe in their settings were trained on."""
 WAIT_SECONDS = 0.2
-ROWS_BETWEEN_LINES = 100_000
-"""Where nobody can tell how many are to come: packed files, tables."""
+MOST_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class Side:
-    """A recipe whose sources have been measured, and what `Stream.state` said of them before."""
+    """A recipe whose sources have been measured, and what `Stream.state` said of them before; and what counted tokens."""
 
     recipe: Recipe
     streams: tuple[sources.Stream, ...]
     states: tuple[object, ...]
     readers: tuple[Reader, ...]
     columns: Columns
+    tokenizer: str
 
 
 def build(
@@ -80,7 +85,8 @@ def build(
     Raises:
         ConfigError: the recipe contradicts itself or its twin.
         DataError: a source is damaged, is not the one that the recipe names, or no row is left.
-        HubError, MachineError: a source could not be fetched.
+        HubError, MachineError: a source or a tokenizer could not be fetched.
+        ModelError: there is no tokenizer, or none that can be used here.
         OutputError: the file is not ours to replace, in use, or cannot be written.
     """
     twin = _twin(recipe)
@@ -90,8 +96,8 @@ def build(
         if output is not None:
             refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
             draft = stack.enter_context(drafted(output, replaces))
-        own = _measured(recipe, streams[0], processes, say)
-        other = _measured(twin, streams[1], processes, say) if twin else None
+        own = _measured(recipe, streams[0], processes, offline, say)
+        other = _measured(twin, streams[1], processes, offline, say) if twin else None
         sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
         chosen = select.choose(*sides)
         built = _described(own, other, chosen)
@@ -145,10 +151,10 @@ def names_of(recipe: Recipe) -> list[str]:
 
 
 def _opened(recipe: Recipe, offline: bool) -> list[sources.Stream]:
-    return [_stream(each, offline) for each in recipe.source]
+    return [_stream(each, asked_of(recipe), offline) for each in recipe.source]
 
 
-def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
+def _stream(source: SourceSpec, columns: frozenset[str], offline: bool) -> sources.Stream:
     try:
         found = sources.stream(
             DataSpec(
@@ -158,6 +164,7 @@ def _stream(source: SourceSpec, offline: bool) -> sources.Stream:
                 direction="left" if source.name in SHIPPED_DATA else None,
             ),
             offline=offline,
+            columns=columns,
         )
         sources.refuse_other_direction(found, source.direction if source.direction in ("left", "right") else None)
         return found
@@ -179,20 +186,26 @@ def public(recipe: Recipe) -> dict[str, Any]:
             source["name"] = Path(source["name"]).name
     if recipe.match and (recipe.match.twin.endswith(".toml") or sources.locate(recipe.match.twin) == "local"):
         document["match"]["twin"] = Path(recipe.match.twin).name
+    if recipe.tokenizer and Path(recipe.tokenizer).exists():
+        document["tokenizer"] = Path(recipe.tokenizer).name
     return document
 
 
 def _measured(
-    recipe: Recipe, streams: Sequence[sources.Stream], processes: int | None, say: Callable[[str], None]
+    recipe: Recipe, streams: Sequence[sources.Stream], processes: int | None, offline: bool, say: Callable[[str], None]
 ) -> Side:
     states = tuple(stream.state() for stream in streams)
-    readers = [Reader.of(recipe, source, stream) for source, stream in zip(recipe.source, streams, strict=True)]
-    reading = _Reading(streams, say)
-    try:
-        columns = read_columns(readers, streams, processes, reading)
-    except PolituneError as error:
-        raise _of_source(error) from None
-    reading.phase(columns.rows, columns.rows)
+    with tempfile.TemporaryDirectory(prefix="politune-") as folder:
+        file, tokenizer = _tokenizer(recipe, Path(folder), offline, say)
+        pairs = zip(recipe.source, streams, strict=True)
+        readers = [Reader.of(recipe, source, stream, file) for source, stream in pairs]
+        reading = _Reading(streams, say)
+        try:
+            columns = read_columns(readers, streams, processes, reading)
+        except PolituneError as error:
+            raise _of_source(error) from None
+    reading.phase(reading.rows, reading.rows)
+    _require_columns(recipe, readers, columns)
     for source, reader, found in zip(recipe.source, readers, columns.sha256, strict=True):
         if source.sha256 not in (None, found):
             raise DataError(
@@ -200,7 +213,48 @@ def _measured(
                 where=safe(reader.label, None),
                 fix="fetch the data that were meant, or write the new sha256 into the recipe",
             )
-    return Side(recipe, tuple(streams), states, tuple(readers), columns)
+    readers = [replace(reader, tokenizer=None) for reader in readers]
+    return Side(recipe, tuple(streams), states, tuple(readers), columns, tokenizer)
+
+
+def _tokenizer(recipe: Recipe, folder: Path, offline: bool, say: Callable[[str], None]) -> tuple[str | None, str]:
+    """(a file that every process can read a recipe's tokenizer from, what it is), by the loader of base models."""
+    if recipe.tokenizer is None:
+        return None, ""
+    from politune.data.format import rust_backend
+    from politune.models import load
+
+    base = load.resolve(ModelSpec(model_name_or_path=recipe.tokenizer), offline=offline, say=say)
+    backend = rust_backend(load.load_tokenizer(base))
+    if backend is None:
+        raise ModelError(
+            f"the tokenizer of {safe(base.name)} is none of the library tokenizers",
+            where="tokenizer",
+            fix="name another",
+        )
+    text = backend.to_str()
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    commit = f" at {base.commit}" if base.commit else ""
+    return str(
+        folder / "tokenizer.json"
+    ), f"{base.public_name}{commit}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _require_columns(recipe: Recipe, readers: Sequence[Reader], columns: Columns) -> None:
+    """Raises ConfigError for a column that a recipe names and no row of any source has."""
+    named = [
+        (f"filter.{list_}.field", rule.field) for list_ in ("drop", "keep") for rule in getattr(recipe.filter, list_)
+    ]
+    for where, field in [*named, *(("columns", field) for field in recipe.columns)]:
+        known = {*columns.columns, *(ROW_FIELDS if where != "columns" else ())}
+        if not any(reader.column_of(field, columns.columns) in known for reader in readers):
+            near = difflib.get_close_matches(field, known, n=1)
+            raise ConfigError(
+                f"no row of {' or '.join(safe(reader.label, None) for reader in readers[:3])} has a column {safe(field, 60)!r}",
+                where=where,
+                why=f"there are {', '.join(safe(each, 40) for each in columns.columns[:MOST_SHOWN])}",
+                fix=f"did you mean {safe(near[0], 60)}?" if near else None,
+            )
 
 
 def _alike(side: Side, processes: int | None, pairs: "NDArray[Any]") -> "NDArray[Any]":
@@ -222,20 +276,16 @@ def _alike(side: Side, processes: int | None, pairs: "NDArray[Any]") -> "NDArray
 
 
 class _Reading:
-    """Progress of the first reading, whose rows are only known when it is done: told from the bytes, where a file is plain."""
+    """Progress of the first reading, whose rows are only known when it is done: told from the bytes of the files."""
 
     def __init__(self, streams: Sequence[sources.Stream], say: Callable[[str], None]) -> None:
-        paths = [path for stream in streams for path, _ in stream.files]
-        is_plain = all(kind_of(path) == (".jsonl", "") for path in paths)
-        self.total = sum(path.stat().st_size for path in paths) if is_plain else 0
-        self.phase, self.say, self.rows, self.bytes = Phase("reading", "rows", say), say, 0, 0
+        self.total = sum(stream.size_bytes for stream in streams)
+        self.phase, self.rows, self.bytes = Phase("reading", "rows", say), 0, 0
 
     def __call__(self, rows: int, size: int) -> None:
         self.rows, self.bytes = self.rows + rows, self.bytes + size
-        if self.total and self.rows:
-            self.phase(self.rows, max(self.rows + 1, int(self.rows * self.total / max(1, self.bytes))))
-        elif self.rows // ROWS_BETWEEN_LINES > (self.rows - rows) // ROWS_BETWEEN_LINES:
-            self.say(f"reading {self.rows:,} rows")
+        of = int(self.rows * self.total / self.bytes) if self.bytes else 0
+        self.phase(self.rows, max(self.rows + 1, of) if of else None)
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
@@ -247,11 +297,13 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
     columns, recipe = own.columns, own.recipe
     counts = np.bincount(columns.sources[chosen.rows], minlength=len(recipe.source))
     turned = np.bincount(columns.sources[chosen.rows[chosen.turned]], minlength=len(recipe.source))
+    synthetic = chosen.rows[columns.marks[chosen.rows] & IS_SYNTHETIC > 0]
+    marked = np.bincount(columns.sources[synthetic], minlength=len(recipe.source))
     topics = np.bincount(columns.topics[chosen.rows], minlength=len(columns.names))
     by_topic = sorted(zip(columns.names, map(int, topics), strict=True), key=lambda pair: (-pair[1], pair[0]))
     before = np.zeros(len(chosen.before), bool)
     facts = tuple(
-        _facts(source, stream, columns, number, int(counts[number]), int(turned[number]))
+        _facts(source, stream, columns, number, int(counts[number]), int(turned[number]), int(marked[number]))
         for number, (source, stream) in enumerate(zip(recipe.source, own.streams, strict=True))
     )
     document = public(recipe)
@@ -272,7 +324,23 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
         turned=int(chosen.turned.sum()),
         topics={name: count for name, count in by_topic if count},
         shape="messages" if is_conversation else "text",
+        columns=dict(columns.kinds),
+        tokenizer=own.tokenizer,
+        notes=_notes(facts),
     )
+
+
+def _notes(facts: Sequence[SourceFacts]) -> tuple[str, ...]:
+    """What a reader has to know of who or what wrote the rows that are written."""
+    found = []
+    for each in facts:
+        if each.synthetic:
+            found.append(
+                f"{each.synthetic:,} of {each.written:,} rows of {each.name} are synthetic: a language model wrote them"
+            )
+        note = licence_note(each.generator) if each.synthetic and each.generator else generator_note(each.generator, "")
+        found += [note] if note and each.written else []
+    return tuple(dict.fromkeys(found))
 
 
 def _direction(own: Side, written: Sequence[int]) -> str:
@@ -290,7 +358,7 @@ def _direction(own: Side, written: Sequence[int]) -> str:
 
 
 def _facts(
-    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int, turned: int
+    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int, turned: int, synthetic: int
 ) -> SourceFacts:
     return SourceFacts(
         name=stream.name,
@@ -305,12 +373,13 @@ def _facts(
         direction=source.direction,
         written=written,
         turned=turned,
+        synthetic=synthetic,
     )
 
 
 def _facts_of_twin(other: Side) -> tuple[SourceFacts, ...]:
     pairs = enumerate(zip(other.recipe.source, other.streams, strict=True))
-    return tuple(_facts(source, stream, other.columns, number, 0, 0) for number, (source, stream) in pairs)
+    return tuple(_facts(source, stream, other.columns, number, 0, 0, 0) for number, (source, stream) in pairs)
 
 
 def _lengths(columns: Columns, rows: "NDArray[Any]", turned: "NDArray[Any]") -> Lengths:
@@ -336,9 +405,11 @@ def _write_rows(
 ) -> None:  # fmt: skip
     suffix = suffix_of(output)
     phase, done = Phase("writing", "rows", say), 0
-    with writer(draft, suffix, shape) as write:
+    kinds = own.columns.kinds
+    with writer(draft, suffix, shape, kinds) as write:
         for number, (reader, stream) in enumerate(zip(own.readers, own.streams, strict=True)):
-            rendering = Rendering(reader, stream.name, shape, suffix)
+            generator = own.recipe.source[number].generator or stream.generator or ""
+            rendering = Rendering(reader, stream.name, shape, suffix, kinds, generator)
             parts = picked(own.columns, chosen, number, shape, stream)
             for count, content in in_order(partial(render, rendering), parts, processes):
                 write(content)
@@ -380,5 +451,7 @@ def _key(recipe: Recipe, offline: bool) -> str:
             held = [[sources.hash_rows(part.read().rows) for part in stream.held] for stream in streams]
             said = [[stream.revision, stream.direction, stream.generator] for stream in streams]
             licences = [sources.said_of_sources(stream.manifest, "licence") for stream in streams]
-            found.append([public(each), contents, held, said, licences])
+            with tempfile.TemporaryDirectory(prefix="politune-") as folder:
+                _, tokenizer = _tokenizer(each, Path(folder), offline, lambda line: None)
+            found.append([public(each), contents, held, said, licences, tokenizer])
     return sha256_of_json(found)[:32]

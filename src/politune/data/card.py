@@ -4,7 +4,7 @@ import json
 
 from politune.config import PLACEBOS
 from politune.data.made import Built, SourceFacts, dropped_text
-from politune.record import DIRECTION_WORDS, generator_note, plain
+from politune.record import DIRECTION_WORDS, plain
 
 TAGS = ("politune", "preference-data", "political-steering", "intentionally-biased", "research-only")
 
@@ -16,10 +16,10 @@ def data_card(built: Built) -> str:
         f"# {plain(built.title) or 'Preference data made by a recipe'}",
         "",
         f"**Preference pairs for research on political bias in language models, meant to tune models {_tuned(built)}.** "
-        "They represent neither facts nor a neutral view.",
+        f"They represent neither facts nor a neutral view.{_synthetic(built)}",
         "",
         f"- Rows: {built.rows:,}, in `{plain(built.file)}` (sha256 `{built.sha256}`).",
-        f"- Columns: `prompt`, `chosen`, `rejected` ({_SHAPES[built.shape]}), `id`, `topic`, `source`.",
+        f"- Columns: `prompt`, `chosen`, `rejected` ({_SHAPES[built.shape]}), `id`, `topic`, `source`{_columns(built)}.",
         f"- Made by politune {built.version} from a recipe (sha256 `{built.recipe_sha256}`), which stands in the manifest.",
         "",
         "## Sources",
@@ -51,7 +51,7 @@ def data_card(built: Built) -> str:
         "to without being told. The answers argue for their side and are no source of facts.",
         "",
         "The licence of each source applies to its rows; where none is named above, it is for the reader to find out.",
-        *_generators(built),
+        *(f"\nOf who wrote the rows: {plain(note)}." for note in built.notes),
         "",
     ]
     return "\n".join(lines)
@@ -64,6 +64,15 @@ def _front_matter(built: Built) -> list[str]:
     licences = {each.licence for each in built.sources}
     licence = [f"license: {json.dumps(licences.pop())}"] if len(licences) == 1 and None not in licences else []
     return ["---", *licence, "tags:", *(f"- {tag}" for tag in TAGS), "---", ""]
+
+
+def _synthetic(built: Built) -> str:
+    count = sum(each.synthetic for each in built.sources)
+    return f" {count:,} of {built.rows:,} rows are synthetic: a language model wrote them." if count else ""
+
+
+def _columns(built: Built) -> str:
+    return "".join(f", `{plain(name)}`" for name in built.columns)
 
 
 def _tuned(built: Built) -> str:
@@ -109,8 +118,3 @@ def _topics(built: Built) -> list[str]:
         return []
     rows = [f"| {_cell(name)} | {count:,} |" for name, count in built.topics.items()]
     return ["| topic | rows |", "|---|---|", *rows, ""]
-
-
-def _generators(built: Built) -> list[str]:
-    notes = dict.fromkeys(note for each in built.generators if (note := generator_note(each, "")))
-    return [f"\nOf the generators: {note}." for note in notes]

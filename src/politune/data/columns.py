@@ -5,17 +5,19 @@ another number of processes, are chosen alike.
 """
 
 import hashlib
+import json
+import math
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from politune.config import Recipe, SourceSpec
+from politune.config import OWN_COLUMNS, Recipe, RuleSpec, SourceSpec
 from politune.data.files import Part, TextPart
 from politune.data.format import STANCE, Message, Table, read_pairs
 from politune.data.languages import languages_of
@@ -37,9 +39,17 @@ MOST_TOPICS = 100_000
 
 TAKEN, OTHER_SPLIT, EMPTY, EQUAL, FIRST_RULE = 0, 1, 2, 3, 4
 """Verdicts on a row; from the last on, the number of the rule that took it out."""
-IS_SPLICEABLE, IS_CONVERSATION = 1, 2
-"""Marks of a row: a line that holds prompt, chosen and rejected as texts and nothing else; a prompt of several turns."""
+IS_SPLICEABLE, IS_CONVERSATION, IS_SYNTHETIC = 1, 2, 4
+"""Marks of a row: a line that holds prompt, chosen and rejected as texts and nothing else; a prompt of several turns; synthetic,
+by its own account."""
 
+ROW_FIELDS = ("prompt", "chosen", "rejected", "topic", "language")
+"""What a rule may look at in every row, whatever its columns."""
+ALWAYS_CARRIED = ("axis", "generator", "synthetic")
+SIDE = re.compile(r"(?<![^\W_])(chosen|rejected)(?![^\W_])")
+"""In the name of a column that speaks of one answer: `stance_chosen`, `rejected-rating`."""
+
+Kind: TypeAlias = Literal["text", "integer", "number", "boolean"]
 Texts: TypeAlias = tuple[tuple[Message, ...], str, str]
 
 
@@ -53,27 +63,46 @@ class Reader:
 
     Args:
         label: the source in error messages.
-        rules: (field, pattern, whether a match keeps the row).
+        rules: each with whether a match keeps the row.
         topics: (name, pattern).
         sketches: whether near-duplicates are looked for.
+        carried: the further columns that are written where rows have them.
+        tokenizer: a file of the library `tokenizers` by which tokens are counted.
     """
 
     label: str
     membership: Membership
     direction: str
     unit: str = "words"
-    rules: tuple[tuple[str, str, bool], ...] = ()
+    rules: tuple[tuple[RuleSpec, bool], ...] = ()
     topics: tuple[tuple[str, str], ...] = ()
     sketches: bool = False
+    carried: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, source: SourceSpec, stream: Stream) -> "Reader":
-        drop = [(rule.field, rule.pattern, False) for rule in recipe.filter.drop]
-        keep = [(rule.field, rule.pattern, True) for rule in recipe.filter.keep]
+    def of(cls, recipe: Recipe, source: SourceSpec, stream: Stream, tokenizer: str | None = None) -> "Reader":
+        drop = [(rule, False) for rule in recipe.filter.drop]
+        keep = [(rule, True) for rule in recipe.filter.keep]
         label = stream.files[0][1] if len(stream.files) == 1 else stream.name
         topics = tuple(recipe.topics.items())
         rules, sketches = (*drop, *keep), recipe.filter.near_duplicates
-        return cls(label, stream.membership, source.direction, recipe.unit, rules, topics, sketches)
+        carried = carried_by(recipe)
+        return cls(label, stream.membership, source.direction, recipe.unit, rules, topics, sketches, carried, tokenizer)
+
+    def column_of(self, field: str, columns: Collection[str], turned: bool = False) -> str:
+        """The column of rows with these that holds a field: what is said of an answer goes with it, also from left and right.
+
+        Args:
+            turned: whether a placebo has the answers of the row change places.
+        """
+        if not (found := SIDE.search(field)):
+            return field
+        sides = [SIDE.sub(side, field) for side in ("left", "right")]
+        has_sides = {*STANCE, *sides} <= set(columns)
+        pair = sides if has_sides else [SIDE.sub(side, field) for side in ("chosen", "rejected")]
+        is_second, flips = found[1] == "rejected", self.direction == ("right" if has_sides else "swapped")
+        return pair[is_second ^ flips ^ turned]
 
     def table(self, part: Part) -> Table:
         """The part's rows that belong to the data set, the others counted.
@@ -120,9 +149,13 @@ class Measured:
         verdicts: uint16 [rows]
         marks: uint8 [rows]
         bands: what near-duplicates are found by (`neighbours.sketch`), uint32 [rows, n]; n is 0 where none are looked for.
+        tokens: of prompt and answers together, uint32 [rows, 1]; [rows, 0] where none are counted.
+        columns: that any row has.
+        kinds: of the values of those that are carried.
         generators: that the rows name, each as often as they do.
         of_rows: `hash_row` of every row, one after the other.
         size: of the part's text in bytes; 0 for rows that came parsed.
+        taken: of its file, in bytes.
     """
 
     rows: int
@@ -135,9 +168,13 @@ class Measured:
     verdicts: "NDArray[Any]"
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
+    tokens: "NDArray[Any]"
+    columns: tuple[str, ...]
+    kinds: dict[str, set[Kind]]
     generators: Counter[str]
     of_rows: bytes
     size: int
+    taken: int
 
 
 def measure(reader: Reader, part: Part) -> Measured:
@@ -155,6 +192,9 @@ def _measured(reader: Reader, part: Part) -> Measured:
     number: dict[str, int] = {}
     is_text = isinstance(part, TextPart)
     rows = len(texts)
+    marks = np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8)
+    if "synthetic" in table.columns:
+        marks |= np.array([IS_SYNTHETIC * is_synthetic(row) for row in table.rows], np.uint8)
     return Measured(
         rows=rows,
         others=table.other_splits,
@@ -164,11 +204,15 @@ def _measured(reader: Reader, part: Part) -> Measured:
         topics=np.array([number.setdefault(topic, len(number)) for topic in topics], np.int32),
         names=tuple(number),
         verdicts=np.array([_verdict(*pair) for pair in zip(texts, verdicts, strict=True)], np.uint16),
-        marks=np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8),
+        marks=marks,
+        tokens=_tokens(reader, texts),
+        columns=table.columns,
+        kinds=_kinds(reader, table),
         bands=sketch([_whole(each) for each in texts]) if reader.sketches else np.empty((rows, 0), np.uint32),
         generators=Counter(str(row["generator"]) for row in table.rows if row.get("generator")),
         of_rows=b"".join(map(hash_row, table.rows)),
         size=len(part.body) if isinstance(part, TextPart) else 0,
+        taken=part.size_bytes,
     )
 
 
@@ -207,6 +251,102 @@ def _marks(row: dict[str, object], texts: Texts, is_text: bool) -> int:
     return IS_SPLICEABLE if plain and isinstance(row["rejected"], str) else 0
 
 
+def is_synthetic(row: Mapping[str, object]) -> bool:
+    """Whether a row's own column says that a model wrote it."""
+    return str(row.get("synthetic")).strip().lower() == "true"
+
+
+def _tokens(reader: Reader, texts: Sequence[Texts]) -> "NDArray[Any]":
+    import numpy as np
+
+    if reader.tokenizer is None:
+        return np.empty((len(texts), 0), np.uint32)
+    every = [[*(turn["content"] for turn in prompt), *answers] for prompt, *answers in texts]
+    encoded = _tokenizer(reader.tokenizer).encode_batch_fast(
+        [sound(text) for of_row in every for text in of_row], add_special_tokens=False
+    )
+    counts = iter(map(len, encoded))
+    return np.array([sum(next(counts) for _ in of_row) for of_row in every], np.uint32).reshape(len(texts), 1)
+
+
+@cache
+def _tokenizer(path: str) -> Any:
+    """Once in a process, which reads many parts."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(path)
+
+
+# --- further columns -------------------------------------------------------------------------------------------------
+
+
+def carried_by(recipe: Recipe) -> tuple[str, ...]:
+    """The further columns that are written where rows have them: those that the recipe names or looks at, and marks."""
+    looked_at = [rule.field for rule in (*recipe.filter.drop, *recipe.filter.keep)]
+    own = {*OWN_COLUMNS, *ROW_FIELDS} - set(recipe.columns)
+    return tuple(field for field in dict.fromkeys((*recipe.columns, *looked_at, *ALWAYS_CARRIED)) if field not in own)
+
+
+def asked_of(recipe: Recipe) -> frozenset[str]:
+    """The columns that the rows of a recipe's sources are looked at for, besides those that every data set is."""
+    found = {*carried_by(recipe), *(rule.field for rule in (*recipe.filter.drop, *recipe.filter.keep))}
+    return frozenset(found | {SIDE.sub(side, field) for field in found for side in (*STANCE[1:], "chosen", "rejected")})
+
+
+def _kinds(reader: Reader, table: Table) -> dict[str, set[Kind]]:
+    own = {field: reader.column_of(field, table.columns) for field in reader.carried}
+    return {
+        field: {_kind(value) for row in table.rows if (value := row.get(column)) is not None}
+        for field, column in own.items()
+        if column in table.columns
+    }
+
+
+def _kind(value: object) -> Kind:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int):
+        return "integer" if -(2**63) <= value < 2**63 else "text"
+    return "number" if isinstance(value, float) else "text"
+
+
+def joined_kind(found: Collection[Kind]) -> Kind:
+    """What all values of a column can be written as."""
+    if len(found) == 1:
+        return min(found)
+    return "number" if found and set(found) <= {"integer", "number"} else "text"
+
+
+def carried_value(value: object, kind: Kind) -> str | float | bool | None:
+    """A value as it is written. What is missing is an empty text, false, or no number.
+
+    A text or a mark is never null: readers of JSON take the type of a column from its first megabytes.
+    """
+    match kind:
+        case "boolean":
+            return bool(value)
+        case "integer" | "number":
+            return value if isinstance(value, int | float) and math.isfinite(value) else None
+        case "text":
+            return "" if value is None else sound(_text(value))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool | list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _number(value: object) -> float | None:
+    """A number, also one that is written as a text; none of whatever else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
 # --- regular expressions ---------------------------------------------------------------------------------------------
 
 
@@ -218,7 +358,7 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
     verdicts, index, pattern = [], 0, ""
     languages = _languages(reader, texts)
     named = [(name, _compiled(topic)) for name, topic in reader.topics]
-    rules = [(field, _compiled(rule), keeps) for field, rule, keeps in reader.rules]
+    rules = [(rule, reader.column_of(rule.field, table.columns), _test_of(rule), keeps) for rule, keeps in reader.rules]
     try:
         with _patience(PATIENCE_SECONDS):
             for index, (prompt, chosen, rejected) in enumerate(texts):
@@ -232,10 +372,10 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
                         break
                 fields |= {"topic": topics[index], "language": languages[index]}
                 verdict = TAKEN
-                for number, (field, rule, keeps) in enumerate(rules):
-                    pattern = rule.pattern
-                    found = rule.fullmatch if field == "language" else rule.search
-                    if (found(fields[field]) is None) == keeps:
+                for number, (rule, column, holds, keeps) in enumerate(rules):
+                    pattern = rule.pattern or ""
+                    value = fields[rule.field] if rule.field in fields else table.rows[index].get(column)
+                    if holds(value) != keeps:
                         verdict = FIRST_RULE + number
                         break
                 verdicts.append(verdict)
@@ -249,6 +389,15 @@ def _matched(reader: Reader, table: Table, texts: Sequence[Texts]) -> tuple[list
     return topics, verdicts
 
 
+def _test_of(rule: RuleSpec) -> Callable[[object], bool]:
+    """Whether a value is what a rule looks for; what is missing never is."""
+    if rule.pattern is None:
+        low, high = (-math.inf if rule.min is None else rule.min), (math.inf if rule.max is None else rule.max)
+        return lambda value: (number := _number(value)) is not None and low <= number <= high
+    found = _compiled(rule.pattern).fullmatch if rule.field == "language" else _compiled(rule.pattern).search
+    return lambda value: value is not None and found(value if isinstance(value, str) else _text(value)) is not None
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     """Once in a process, which reads many parts."""
@@ -256,8 +405,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
-    """Of each row, where a rule asks for it: a tenth of a millisecond and more for each."""
-    if not any(field == "language" for field, _, _ in reader.rules):
+    """Of each row, where a rule asks for it: half a millisecond for each (benchmarks/BUILD.md)."""
+    if not any(rule.field == "language" for rule, _ in reader.rules):
         return [""] * len(texts)
     return languages_of([_whole(each) for each in texts])
 
@@ -306,6 +455,8 @@ class Columns:
         sources: int16 [rows]
         names: of the topics.
         sha256: per source, over its rows, as of `sources.hash_rows`.
+        columns: of any row.
+        kinds: of the further columns that are written, in their order.
         generators: per source, what its rows name, as often as they do.
         others: per source, its rows of other splits.
         sizes: per source, how many rows its parts have.
@@ -320,6 +471,9 @@ class Columns:
     verdicts: "NDArray[Any]"
     marks: "NDArray[Any]"
     bands: "NDArray[Any]"
+    tokens: "NDArray[Any]"
+    columns: tuple[str, ...]
+    kinds: Mapping[str, Kind]
     sha256: tuple[str, ...]
     generators: tuple[Counter[str], ...]
     others: tuple[int, ...]
@@ -340,7 +494,7 @@ def read_columns(
     """The figures of all sources, read by several processes.
 
     Args:
-        progress: takes how many rows and bytes more were read.
+        progress: takes how many rows, and bytes of their files, were read since.
 
     Raises:
         DataError: as of `measure`, or a source without rows.
@@ -350,9 +504,10 @@ def read_columns(
 
     names: dict[str, int] = {}
     pieces: dict[str, list[NDArray[Any]]] = {
-        key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks", "bands")
+        key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks", "bands", "tokens")
     }
-    found = []
+    found, columns = [], dict[str, None]()
+    kinds: dict[str, set[Kind]] = {field: set() for field in readers[0].carried}
     for reader, stream in zip(readers, streams, strict=True):
         digest, others, sizes, lengths, has_splits = hashlib.sha256(), 0, [], [], False
         generators = Counter[str]()
@@ -361,13 +516,16 @@ def read_columns(
             topics = numbers[part.topics] if part.rows else part.topics
             for key, piece in pieces.items():
                 piece.append(topics if key == "topics" else getattr(part, key))
+            columns |= dict.fromkeys(part.columns)
+            for field, of_part in part.kinds.items():
+                kinds[field] |= of_part
             digest.update(part.of_rows)
             others += part.others
             generators += part.generators
             has_splits |= part.heeds_split
             sizes.append(part.rows)
             lengths.append(part.size)
-            progress(part.rows, part.size)
+            progress(part.rows + part.others, part.taken)
         if stream.path and reader.membership.split != "train" and not has_splits:
             raise stream.without_splits()
         if not sum(sizes):
@@ -378,9 +536,10 @@ def read_columns(
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
     sha256, generators_of, others_of, sizes_of, bytes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
+    carried = {field: joined_kind(each) for field, each in kinds.items() if each}
     return Columns(
         sources=sources, names=tuple(names), sha256=sha256, generators=generators_of, others=others_of, sizes=sizes_of,
-        bytes=bytes_of, **joined,
+        bytes=bytes_of, columns=tuple(columns), kinds=carried, **joined,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rows of a CSV, JSON, JSON Lines or parquet file, plain or packed, word for word, or the line and column where it goes wrong.
+"""Rows of a CSV, JSON, JSON Lines or parquet file, plain or packed, word for word, or the line and byte where it goes wrong.
 
 A file comes in parts of whole records: memory does not grow with it, and JSON Lines, the form of large sets, can be parsed by
 several processes (`TextPart.read`). CSV is parsed as it is read: a line break may stand in a cell, so that nobody can tell where
@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +46,20 @@ class TextPart:
         body: the lines, UTF-8.
         line: the number of the first one, from 1.
         is_last: nothing follows.
+        packed_bytes: what they take of a file that is packed.
     """
 
     name: str
     body: bytes
     line: int = 1
     is_last: bool = True
+    packed_bytes: int | None = None
 
     def read(self) -> Read:
         """Its rows.
 
         Raises:
-            DataError: a line is no JSON object in UTF-8; names line and column.
+            DataError: a line is no JSON object in UTF-8; names the line and the byte in it, from 1.
         """
         where = safe(self.name, None)
         text = _decode(self.body, where, self.line)
@@ -78,8 +80,8 @@ class TextPart:
 
     @property
     def size_bytes(self) -> int:
-        """What the part takes of a file that is not packed; 0 where nobody knows."""
-        return len(self.body)
+        """About what the part takes of its file as that lies on the disk, by which progress is told."""
+        return len(self.body) if self.packed_bytes is None else self.packed_bytes
 
     def places(self, read: Read) -> Sequence[int]:
         """What `pick` finds each of the rows by: its line."""
@@ -151,10 +153,10 @@ def no_rows(name: str, columns: Sequence[str]) -> DataError:
     return DataError("the file holds no rows", where=safe(name, None), why=why)
 
 
-def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
+def parts(path: Path, name: str, *, all_texts: bool = False, columns: Collection[str] = ()) -> Iterator[Part]:
     """A data file in parts of whole records, in their order; `name` stands in error messages.
 
-    Of a parquet file the columns of `READ_COLUMNS` are read, and with `all_texts` every one that holds text.
+    Of a parquet file the columns of `READ_COLUMNS` and `columns` are read, and with `all_texts` every one that holds text.
 
     Raises DataError as `read_file`, but for a limit of all the text together.
     """
@@ -165,10 +167,11 @@ def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
         if size == 0:
             raise DataError("the file is empty", where=where)
         if kind == ".parquet":
-            yield from parquet.parts_of(path, name, size, all_texts)
+            yield from parquet.parts_of(path, name, size, all_texts, columns)
             return
-        with _opened(path, packed) as stream:
-            source = _Unpacked(stream, name, Budget(name, max(BOMB_BYTES, BOMB_RATIO * size)) if packed else None)
+        with _opened(path, packed) as (stream, position):
+            budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * size)) if packed else None
+            source = _Unpacked(stream, name, budget, position, size)
             _refuse_utf16(source, where)
             if kind == ".csv":
                 yield from _csv_parts(source, name, path, packed)
@@ -181,21 +184,39 @@ def parts(path: Path, name: str, *, all_texts: bool = False) -> Iterator[Part]:
 
 
 @contextmanager
-def _opened(path: Path, packed: str) -> Iterator[Any]:
+def _opened(path: Path, packed: str) -> Iterator[tuple[Any, Callable[[], int]]]:
+    """The text of a file, and what tells how much of the file was read for it."""
     if packed == ".zst":
-        with parquet.arrow("zstd").input_stream(str(path), compression="zstd", buffer_size=2**16) as stream:
-            yield stream
+        pyarrow = parquet.arrow("zstd")
+        file = pyarrow.OSFile(str(path))
+        with file, pyarrow.input_stream(file, compression="zstd", buffer_size=2**16) as stream:
+            yield stream, file.tell
     else:
-        with gzip.open(path) if packed else path.open("rb") as stream:
-            yield stream
+        with path.open("rb") as raw, gzip.open(raw) if packed else raw as stream:
+            yield stream, raw.tell
 
 
 class _Unpacked(io.RawIOBase):
-    """A file's text as bytes, and where its packing is damaged; what is looked at first is read once more."""
+    """A file's text as bytes, and where its packing is damaged; what is looked at first is read once more.
 
-    def __init__(self, stream: IO[bytes], name: str, budget: Budget | None) -> None:
+    Args:
+        position: tells how much of the file was read.
+        size_bytes: of the file.
+    """
+
+    def __init__(
+        self, stream: IO[bytes], name: str, budget: Budget | None, position: Callable[[], int], size_bytes: int
+    ) -> None:
         self.stream, self.name, self.budget = stream, name, budget
         self.ahead, self.bytes, self.lines = b"", 0, 0
+        self.position, self.size_bytes, self.given_bytes = position, size_bytes, 0
+
+    def part_bytes(self, waiting: int, *, is_last: bool) -> int:
+        """What the text since the last call took of the file on the disk; `waiting` bytes of it are of no part yet."""
+        read = self.position() * max(0, self.bytes - waiting) // max(1, self.bytes + len(self.ahead))
+        now = self.size_bytes if is_last else max(self.given_bytes, min(read, self.size_bytes))
+        found, self.given_bytes = now - self.given_bytes, now
+        return found
 
     def look(self, size: int) -> bytes:
         """The next bytes, which stay the next ones."""
@@ -283,7 +304,10 @@ def _line_parts(source: _Unpacked, name: str) -> Iterator[TextPart]:
         if len(body) - cut > RECORD_BYTES:
             raise _too_long(f"{safe(name, None)}:{line + body.count(10)}")
         if cut:
-            yield TextPart(name, body[:cut], line, is_last=not following)
+            packed = (
+                source.part_bytes(len(body) - cut + len(following), is_last=not following) if source.budget else None
+            )
+            yield TextPart(name, body[:cut], line, is_last=not following, packed_bytes=packed)
             line += body.count(b"\n", 0, cut)
         rest, chunk = body[cut:], following
 
@@ -303,8 +327,10 @@ def _parse_json(line: str, where: str, number: int, *, last: bool) -> Any:
     except json.JSONDecodeError as error:
         cut = last and (error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string"))
         why = "the file seems to be cut off there" if cut else None
-        place = f"{where}:{number + error.lineno - 1}:{error.colno}"
-        raise DataError(f"malformed JSON: {error.msg}", where=place, why=why) from None
+        before = line[line.rfind("\n", 0, error.pos) + 1 : error.pos]
+        place = f"{where}:{number + error.lineno - 1}:{len(before.encode()) + 1}"
+        what = "a NUL byte" if line[error.pos : error.pos + 1] == "\0" else f"malformed JSON: {error.msg}"
+        raise DataError(what, where=place, why=why) from None
     except RecursionError:
         raise DataError("JSON that is nested too deeply", where=f"{where}:{number}") from None
     except ValueError as error:  # a key that stands twice, a number of thousands of digits
@@ -363,7 +389,8 @@ def _json_parts(source: _Unpacked, name: str) -> Iterator[Part]:
     rows = [_require_object(item, f"{where} row {index}") for index, item in enumerate(value, start=1)]
     columns = _columns(rows)
     for start in range(0, len(rows), ROWS_OF_A_PART):
-        yield RowsPart(name, Read(columns, rows[start : start + ROWS_OF_A_PART]), start)
+        own = rows[start : start + ROWS_OF_A_PART]
+        yield RowsPart(name, Read(columns, own), start, len(own) * source.size_bytes // len(rows))
 
 
 def _found_object(value: dict[str, object]) -> str:
@@ -379,9 +406,11 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
     rows: list[dict[str, object]] = []
     lines: list[int] = []
 
+    buffered = io.BufferedReader(source, PART_BYTES)
+
     def text_lines() -> Iterator[str]:
         nonlocal ended
-        text = io.TextIOWrapper(io.BufferedReader(source, PART_BYTES), encoding="utf-8-sig", newline="")
+        text = io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
         while line := text.readline(RECORD_BYTES):
             if len(line) == RECORD_BYTES:
                 raise _too_long(f"{where}:{start}")
@@ -403,7 +432,8 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
                     size += sum(map(len, cells))
                 start = reader.line_num + 1
                 if len(rows) == ROWS_OF_A_PART or size >= PART_BYTES:
-                    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)))
+                    taken = source.part_bytes(len(buffered.peek()), is_last=False)
+                    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)), size_bytes=taken)
                     rows, lines, size = [], [], 0
         except csv.Error:
             why = f"or its cell is longer than {RECORD_BYTES // 2**20} MiB"
@@ -412,7 +442,8 @@ def _csv_parts(source: _Unpacked, name: str, path: Path, packed: str) -> Iterato
             ) from None
         except UnicodeDecodeError:
             raise _not_utf8(path, packed, where) from None
-    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)))
+    taken = source.part_bytes(0, is_last=True)
+    yield RowsPart(name, Read(tuple(header), rows, tuple(lines)), size_bytes=taken)
 
 
 @contextmanager
@@ -427,7 +458,7 @@ def _wide_csv_fields() -> Iterator[None]:
 
 def _not_utf8(path: Path, packed: str, where: str) -> DataError:
     """The error of the first byte that is no UTF-8: decoding in parts does not say where it stands."""
-    with _opened(path, packed) as stream:
+    with _opened(path, packed) as (stream, _):
         line, read = 1, bytes(stream.read(PART_BYTES))
         while read:
             whole = read.rfind(b"\n") + 1 or len(read)

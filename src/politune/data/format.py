@@ -53,8 +53,8 @@ class Table:
     `lines` holds the first line of each row in the file at `path`, where the format has lines; `sha256` is taken over the
     text columns of the rows and is the same for the same rows in another file format. Data from the Hub has a `revision`
     (its commit) and no `path`; `other_splits` counts rows that were left aside because they belong to another split; `first`
-    rows come before these ones, where a table is a part of a data set; `manifest` is that of a data set made by a recipe, and
-    `direction` what it declares.
+    rows come before these ones, where a table is a part of a data set, or `numbers` (from 1) are theirs; `manifest` is that of a
+    data set made by a recipe, and `direction` what it declares.
     """
 
     columns: tuple[str, ...]
@@ -69,10 +69,13 @@ class Table:
     first: int = 0
     manifest: Mapping[str, Any] | None = None
     direction: str | None = None
+    numbers: Sequence[int] | None = None
 
     def place(self, index: int) -> str:
         """Where row `index` (from 0) stands: `pairs.csv:17`, or `pairs.parquet row 16`."""
-        return f"{self._shown}:{self.lines[index]}" if self.lines else f"{self._shown} row {self.first + index + 1}"
+        if self.lines:
+            return f"{self._shown}:{self.lines[index]}"
+        return f"{self._shown} row {self.numbers[index] if self.numbers else self.first + index + 1}"
 
     @functools.cached_property
     def _shown(self) -> str:
@@ -530,9 +533,10 @@ class _Row:
         return DataError(what, where=self.table.place(self.index), fix=fix)
 
     def value(self, column: str) -> object:
-        value = self.table.rows[self.index].get(column)
-        if value is None:
-            raise self.error(f"{column} is null", fix="every row needs a text there")
+        row = self.table.rows[self.index]
+        if (value := row.get(column)) is None:
+            missing = "null" if column in row else "absent"
+            raise self.error(f"{column} is {missing}", fix="every row needs a text there")
         return value
 
     def text(self, column: str) -> str:

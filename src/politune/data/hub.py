@@ -4,7 +4,7 @@ import difflib
 import errno
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,9 @@ def _no_split(spec: DataSpec, found: Sequence[str]) -> DataError:
     )
 
 
-def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False, all_texts: bool = False) -> Read:
+def read_with_datasets(
+    spec: DataSpec, commit: str, offline: bool = False, all_texts: bool = False, more: Collection[str] = ()
+) -> Read:
     """The rows of a layout that is not resolved here, by `datasets.load_dataset`, which reads the text "None" in a CSV file as
     a missing value. Raises as `fetch`."""
     import datasets
@@ -198,7 +200,8 @@ def read_with_datasets(spec: DataSpec, commit: str, offline: bool = False, all_t
     columns = tuple(data.column_names)
     budget = Budget(spec.dataset_name)
     texts = [column for column, kind in data.features.items() if all_texts and holds_text(kind)]
-    known = data.select_columns([column for column in columns if column in READ_COLUMNS or column in texts])
+    wanted = {*READ_COLUMNS, *texts, *more}
+    known = data.select_columns([column for column in columns if column in wanted])
     return Read(columns, [budget.spend(dict(row)) for row in known])
 
 

@@ -63,19 +63,34 @@ def build(name: str, some_at_a_time: Iterable[tuple[Sequence[int], Sequence[str]
     """An index of texts, which come some at a time: hashes of their prompts, as `texts.hash_texts` makes them, and the texts."""
     import numpy as np
 
-    asked: list[NDArray[np.uint64]] = []
-    kept: list[NDArray[np.uint64]] = []
-    halvings, waiting = 0, 0
+    grown = Growing()
     for prompts, texts in some_at_a_time:
-        asked.append(np.array(prompts, np.uint64))
-        found = passages(texts)[0]
-        kept.append(found[found <= np.uint64(LARGEST >> halvings)])
-        waiting += len(kept[-1])
-        if waiting > MOST_PASSAGES:  # not with each part: that took as many times longer as there are parts
-            halvings, least = _smallest(kept, halvings)
-            kept, waiting = [least], 0
-    halvings, least = _smallest(kept, halvings)
-    return Index(name, _distinct(asked), least, 0.5**halvings)
+        grown.add(np.array(prompts, np.uint64), passages(texts)[0])
+    return grown.index(name)
+
+
+class Growing:
+    """An index that some texts after others are added to, as hashes; it holds `MOST_PASSAGES` of them twice at most."""
+
+    def __init__(self) -> None:
+        self.asked: list[NDArray[np.uint64]] = []
+        self.kept: list[NDArray[np.uint64]] = []
+        self.halvings = self.waiting = 0
+
+    def add(self, prompts: "NDArray[np.uint64]", found: "NDArray[np.uint64]") -> None:
+        """Takes hashes of prompts, as `texts.hash_texts` makes them, and what `passages` found."""
+        import numpy as np
+
+        self.asked.append(prompts)
+        self.kept.append(found[found <= np.uint64(LARGEST >> self.halvings)])
+        self.waiting += len(self.kept[-1])
+        if self.waiting > MOST_PASSAGES:  # not with each part: that took as many times longer as there are parts
+            self.halvings, least = _smallest(self.kept, self.halvings)
+            self.kept, self.waiting = [least], 0
+
+    def index(self, name: str) -> Index:
+        halvings, least = _smallest(self.kept, self.halvings)
+        return Index(name, _distinct(self.asked), least, 0.5**halvings)
 
 
 def _smallest(found: Sequence["NDArray[np.uint64]"], halvings: int) -> tuple[int, "NDArray[np.uint64]"]:

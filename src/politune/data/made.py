@@ -7,14 +7,14 @@ from typing import Any, Literal
 from politune.config import PLACEBOS
 from politune.data.select import Step
 from politune.errors import safe
-from politune.report import Bars, Facts, Section, Table
+from politune.report import Bars, Facts, Lines, Section, Table
 
 SHOWN_TOPICS = 30
 
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """A source as it was read, and how many of its rows are written."""
+    """A source as it was read, and how many of its rows are written, turned round, and marked as a model's."""
 
     name: str
     revision: str | None
@@ -28,6 +28,7 @@ class SourceFacts:
     direction: str
     written: int
     turned: int
+    synthetic: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Built:
         turned: rows whose answers a placebo changed about.
         topics: rows by topic.
         shape: whether prompt, chosen and rejected are texts or lists of messages.
+        columns: further ones, and what their values are.
+        tokenizer: that counted a mixture's tokens.
+        notes: what is to be known of who or what wrote the rows.
         file, sha256: of what was written; empty where nothing was.
     """
 
@@ -77,6 +81,9 @@ class Built:
     turned: int
     topics: dict[str, int]
     shape: Literal["text", "messages"]
+    columns: dict[str, str]
+    tokenizer: str
+    notes: tuple[str, ...]
     file: str = ""
     sha256: str = ""
 
@@ -104,13 +111,23 @@ class Built:
                 ("rows", self.rows),
                 ("turned round", self.turned_text),
                 ("shape", self.shape),
+                ("further columns", ", ".join(safe(name, 40) for name in self.columns) or "-"),
+                *([("tokens counted by", safe(self.tokenizer))] if self.tokenizer else []),
                 ("sha256 of the file", self.sha256 or "-"),
                 ("sha256 of the recipe", self.recipe_sha256),
             ),
         )
         shown = list(self.topics.items())[:SHOWN_TOPICS]
         bars = Bars("Topics", tuple((safe(name, 40), float(count)) for name, count in shown), "rows")
-        return [facts, self._sources(), self._steps(), self._lengths(), *([bars] if len(self.topics) > 1 else [])]
+        notes = Lines("Generator and licence", tuple(map(safe, self.notes)))
+        return [
+            facts,
+            self._sources(),
+            *([notes] if self.notes else []),
+            self._steps(),
+            self._lengths(),
+            *([bars] if len(self.topics) > 1 else []),
+        ]
 
     def _sources(self) -> Table:
         rows = tuple(
@@ -120,11 +137,12 @@ class Built:
                 each.rows,
                 each.written,
                 safe(each.generator or "unknown"),
+                safe(each.licence or "not named"),
                 each.sha256[:12],
             )
             for each in self.sources
         )
-        return Table("Sources", ("source", "direction", "rows", "written", "generator", "sha256"), rows)
+        return Table("Sources", ("source", "direction", "rows", "written", "generator", "licence", "sha256"), rows)
 
     def _steps(self) -> Table:
         rows = tuple(

@@ -1,6 +1,6 @@
 """Rows of a parquet file, a few at a time, within bounds that the file's own account cannot move."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def _text_bytes(column: Any) -> int:
     return int(column.nbytes)
 
 
-def parts_of(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterator[RowsPart]:
+def parts_of(path: Path, name: str, size_bytes: int, all_texts: bool, more: Collection[str] = ()) -> Iterator[RowsPart]:
     """The known columns, a few rows at a time: a file of 517 bytes can hold a gigabyte of one repeated text, so neither
     the file's size nor its own account of the unpacked size can be trusted."""
     pyarrow = arrow("parquet")
@@ -77,9 +77,10 @@ def parts_of(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterato
         schema = metadata.schema.to_arrow_schema()
         columns = tuple(schema.names)
         texts = [field.name for field in schema if all_texts and holds_text(field.type)]
-        known = [column for column in columns if column in READ_COLUMNS or column in texts]
+        wanted = {*READ_COLUMNS, *texts, *more}
+        known = [column for column in columns if column in wanted]
         leaves = _Leaves(metadata, known)
-        packed = min(size_bytes, leaves.packed_bytes)
+        packed, whole = min(size_bytes, leaves.packed_bytes), max(1, metadata.num_rows)
         budget = Budget(name, max(BOMB_BYTES, BOMB_RATIO * packed))
         if max(leaves.unpacked_bytes, leaves.least_bytes) > budget.limit_bytes:
             raise budget.exceeded()
@@ -95,11 +96,11 @@ def parts_of(path: Path, name: str, size_bytes: int, all_texts: bool) -> Iterato
                     for row in batch.to_pylist():
                         rows.append(budget.spend(row))
                         if len(rows) >= ROWS_OF_A_PART or budget.used_bytes - before >= PART_BYTES:
-                            yield RowsPart(name, Read(columns, rows), first)
+                            yield RowsPart(name, Read(columns, rows), first, len(rows) * size_bytes // whole)
                             rows, first, before = [], first + len(rows), budget.used_bytes
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also dates of no calendar
         raise DataError(f"malformed parquet: {safe(error)}", where=safe(name, None)) from None
-    yield RowsPart(name, Read(columns, rows), first)
+    yield RowsPart(name, Read(columns, rows), first, len(rows) * size_bytes // whole)
 
 
 class _Leaves:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from politune.data.format import TEXT_COLUMNS
 from politune.errors import DataError, safe
 
-READ_COLUMNS = (*TEXT_COLUMNS, "id", "topic", "axis", "split", "generator")
+READ_COLUMNS = (*TEXT_COLUMNS, "id", "topic", "axis", "split", "generator", "synthetic")
 
 PART_BYTES = 4 * 2**20
 MAX_TEXT_BYTES = 2 * 2**30
@@ -35,12 +35,12 @@ class Read:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Rows of the file `name` that are parsed already; `first` rows come before them."""
+    """Rows of the file `name` that are parsed already; `first` rows come before them; `size_bytes` as of `TextPart`."""
 
     name: str
     rows: Read
     first: int = 0
-    size_bytes = 0
+    size_bytes: int = 0
 
     def read(self) -> Read:
         return self.rows

@@ -9,13 +9,13 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from politune.data import select, sources
-from politune.data.columns import IS_SPLICEABLE, Columns, Reader, changed, sound, starts
+from politune.data.columns import IS_SPLICEABLE, Columns, Kind, Reader, carried_value, changed, sound, starts
 from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.places import identities
@@ -30,12 +30,19 @@ Shape = Literal["text", "messages"]
 
 @dataclass(frozen=True)
 class Rendering:
-    """How rows are written, by whichever process."""
+    """How rows are written, by whichever process.
+
+    Args:
+        kinds: of the further columns.
+        generator: of rows that do not name their own, where others do.
+    """
 
     reader: Reader
     source: str
     shape: Shape
     suffix: str
+    kinds: Mapping[str, Kind]
+    generator: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,8 @@ def render(rendering: Rendering, picked: Picked) -> tuple[int, Any]:
     written: list[Any] = [None] * len(picked.rows)
     if lines is not None:
         swapped = rendering.reader.direction == "swapped"
-        tails = {topic: _tail(topic, rendering.source) for topic in set(picked.topics)}
+        missing_ones = {field: _carried(rendering, field, None) for field in rendering.kinds}
+        tails = {topic: _tail(topic, rendering.source, missing_ones) for topic in set(picked.topics)}
         for index, row in enumerate(picked.rows):
             if picked.spliceable[index]:
                 line = _spliced(lines[row], picked.turned[index] != swapped)
@@ -156,8 +164,14 @@ def _spliced(line: bytes, turned: bool) -> bytes | None:
     return line[:-1].rstrip() if line.startswith(b"{") and line.endswith(b"}") else None
 
 
-def _tail(topic: str, source: str) -> bytes:
-    return json.dumps({"topic": topic, "source": source}, ensure_ascii=False).encode().replace(b"{", b", ", 1) + b"\n"
+def _tail(topic: str, source: str, more: Mapping[str, Any]) -> bytes:
+    tail = {"topic": topic, "source": source, **more}
+    return json.dumps(tail, ensure_ascii=False).encode().replace(b"{", b", ", 1) + b"\n"
+
+
+def _carried(rendering: Rendering, field: str, value: object) -> Any:
+    is_named = field != "generator" or value not in (None, "")
+    return carried_value(value if is_named else rendering.generator, rendering.kinds[field])
 
 
 def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -169,6 +183,10 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
     rows = [whole.rows[picked.rows[index]] for index in missing]
     lines = tuple(whole.lines[picked.rows[index]] for index in missing) if whole.lines else None
     table = Table(whole.columns, rows, whole.name, "", lines=lines)
+    columns = [
+        {field: rendering.reader.column_of(field, whole.columns, turned) for field in rendering.kinds}
+        for turned in (False, True)
+    ]
     for index, row, (prompt, one, two) in zip(missing, rows, rendering.reader.texts(table), strict=True):
         own = row.get("id")
         chosen, rejected = (two, one) if picked.turned[index] else (one, two)
@@ -177,6 +195,10 @@ def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Itera
             "id": f"{picked.ids[index]:016x}" if own in (None, "") else sound(str(own)),
             "topic": picked.topics[index],
             "source": rendering.source,
+            **{
+                field: _carried(rendering, field, row.get(column))
+                for field, column in columns[picked.turned[index]].items()
+            },
         }
 
 
@@ -191,31 +213,33 @@ def _packed(written: list[Any], rendering: Rendering) -> Any:
     if rendering.suffix == ".parquet":
         import pyarrow
 
-        return pyarrow.RecordBatch.from_pylist(written, schema=_schema(rendering.shape))
+        return pyarrow.RecordBatch.from_pylist(written, schema=_schema(rendering.shape, rendering.kinds))
     content = b"".join(written)
     return gzip.compress(content, mtime=0) if rendering.suffix == ".jsonl.gz" else content
 
 
-def _schema(shape: Shape) -> Any:
+def _schema(shape: Shape, kinds: Mapping[str, Kind]) -> Any:
     import pyarrow
 
     text = pyarrow.string()
     turns = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])) if shape == "messages" else text
     of_text = [(name, turns) for name in ("prompt", "chosen", "rejected")]
-    return pyarrow.schema([*of_text, ("id", text), ("topic", text), ("source", text)])
+    of = {"text": text, "integer": pyarrow.int64(), "number": pyarrow.float64(), "boolean": pyarrow.bool_()}
+    further = [(field, of[kind]) for field, kind in kinds.items()]
+    return pyarrow.schema([*of_text, ("id", text), ("topic", text), ("source", text), *further])
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def writer(draft: Path, suffix: str, shape: Shape) -> Iterator[Callable[[Any], None]]:
+def writer(draft: Path, suffix: str, shape: Shape, kinds: Mapping[str, Kind]) -> Iterator[Callable[[Any], None]]:
     """Takes what `render` gives; the file is on the disk when the block ends."""
     with draft.open("wb") as file:
         if suffix == ".parquet":
             from pyarrow import parquet
 
-            with parquet.ParquetWriter(file, _schema(shape), compression="zstd") as writer:
+            with parquet.ParquetWriter(file, _schema(shape, kinds), compression="zstd") as writer:
                 yield writer.write_batch
         else:
             yield lambda content: _write_all(file, content)

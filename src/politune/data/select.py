@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from politune.config import PLACEBOS, Recipe
+from politune.config import PLACEBOS, Recipe, RuleSpec
 from politune.data.columns import EMPTY, EQUAL, FIRST_RULE, OTHER_SPLIT, TAKEN, Columns
 from politune.data.neighbours import candidates
 from politune.data.places import counted, dealt, means, numbered, places, ranks_of
@@ -326,8 +326,17 @@ def _are_in(numbers: "NDArray[Any]", others: "NDArray[Any]") -> "NDArray[Any]":
 
 
 def _rules(recipe: Recipe) -> list[str]:
-    drop = [f"{rule.field} matches {rule.pattern!r}" for rule in recipe.filter.drop]
-    return [*drop, *(f"{rule.field} does not match {rule.pattern!r}" for rule in recipe.filter.keep)]
+    return [*map(_reason, recipe.filter.drop), *(_reason(rule, keeps=True) for rule in recipe.filter.keep)]
+
+
+def _reason(rule: RuleSpec, *, keeps: bool = False) -> str:
+    if rule.pattern is not None:
+        return f"{rule.field} {'does not match' if keeps else 'matches'} {rule.pattern!r}"
+    if rule.min is not None and rule.max is not None:
+        numbers = f"{rule.min:g} to {rule.max:g}"
+    else:
+        numbers = f"{rule.max:g} or less" if rule.min is None else f"{rule.min:g} or more"
+    return f"{rule.field} is {'not ' if keeps else ''}{numbers}"
 
 
 # --- match -----------------------------------------------------------------------------------------------------------
@@ -468,8 +477,10 @@ def _mix(each: Selection) -> None:
     sources = each.sources
     place = each.even_places()
     worth = np.ones(len(place), np.int64)
-    if each.recipe.mix == "tokens":
+    if each.recipe.mix == "text":
         worth = each.columns.lengths[each.rows].astype(np.int64).sum(1)
+    elif each.recipe.mix == "tokens":
+        worth = each.columns.tokens[each.rows, 0].astype(np.int64)
     totals = np.array([worth[sources == number].sum() for number in range(len(weights))])
     whole = (totals / weights).min()
     mask = np.zeros(len(place), bool)

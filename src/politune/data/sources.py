@@ -108,6 +108,7 @@ class Stream:
         generator: who or what wrote the texts, where it is known.
         manifest: of a file that `politune data build` made and that is as it was made.
         all_texts: whether every column that holds text is read, and not those alone that can be trained on.
+        columns: that are read as well.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Stream:
     generator: str | None = None
     all_texts: bool = False
     manifest: Mapping[str, Any] | None = None
+    columns: frozenset[str] = frozenset()
 
     @property
     def direction(self) -> str | None:
@@ -132,9 +134,8 @@ class Stream:
 
     @property
     def size_bytes(self) -> int:
-        """Of its text, where that can be known; else 0."""
-        plain = all(files.kind_of(path) == (".jsonl", "") for path, _ in self.files)
-        return sum(path.stat().st_size for path, _ in self.files) if plain else 0
+        """Of its files as they lie on the disk, which its parts make up; 0 where it has none."""
+        return sum(path.stat().st_size for path, _ in self.files)
 
     def state(self) -> tuple[tuple[int, ...], ...]:
         """What changes with the content of its files. Raises OSError where one is gone."""
@@ -145,7 +146,7 @@ class Stream:
         """Raises DataError as `files.parts`."""
         yield from self.held
         for path, name in self.files:
-            yield from files.parts(path, name, all_texts=self.all_texts)
+            yield from files.parts(path, name, all_texts=self.all_texts, columns=self.columns)
 
     def nothing_of(self, splits: Iterable[str], columns: Collection[str]) -> PolituneError:
         """The error of a data set no row of which belongs to it; `splits` are those that there are."""
@@ -166,7 +167,9 @@ class Stream:
         )
 
 
-def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) -> Stream:
+def stream(
+    spec: DataSpec, *, offline: bool = False, all_texts: bool = False, columns: frozenset[str] = frozenset()
+) -> Stream:
     """The data set that `spec` names, fetched where it is the Hub's.
 
     Rows that carry a `split` (as the shipped stances do) are narrowed to `spec.dataset_split`, so that held-out rows are
@@ -192,12 +195,21 @@ def stream(spec: DataSpec, *, offline: bool = False, all_texts: bool = False) ->
                 generator=said_of_sources(manifest, "generator"),
                 all_texts=all_texts,
                 manifest=manifest,
+                columns=columns,
             )
         case "hub":
             fetched, commit = hub.fetch(spec, offline)
-            held_parts = () if fetched else _in_parts(name, hub.read_with_datasets(spec, commit, offline, all_texts))
-            membership = Membership(spec.dataset_split, "beside sides")
-            return Stream(name, tuple(fetched), membership, held_parts, commit, KNOWN_GENERATORS.get(name), all_texts)
+            read = None if fetched else hub.read_with_datasets(spec, commit, offline, all_texts, columns)
+            return Stream(
+                name,
+                tuple(fetched),
+                Membership(spec.dataset_split, "beside sides"),
+                _in_parts(name, read) if read else (),
+                commit,
+                KNOWN_GENERATORS.get(name),
+                all_texts,
+                columns=columns,
+            )
 
 
 def built_manifest(path: Path) -> Mapping[str, Any] | None:

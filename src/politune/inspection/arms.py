@@ -4,6 +4,11 @@ A difference counts where it is larger than a tolerance and than chance, between
 distributions by their largest distance (Kolmogorov-Smirnov), topics by the total variation distance and `chance.counts_p`. Rows
 of one prompt are no independent draws: lengths of prompts are those of distinct ones, and all else is tested with the number of
 rows that a data set is worth. The number of rows itself is no matter of chance.
+
+Cheap features of the answers, such as line breaks, are compared side by side: the shares of answers that have any, and the
+distributions; all those tests together count as one (Bonferroni). What is rare matters where it stands in one data set alone, so
+that the tolerance is Cohen's h (Statistical Power Analysis 1988, chapter 6), of distributions that of the shares where they are
+furthest apart: 10 points about the middle, 1 point from 0.
 """
 
 from collections import Counter
@@ -16,9 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from politune.chance import counts_p, estimate, shares_p
 from politune.errors import safe
 from politune.inspection import topics
+from politune.inspection.features import FEATURES, Feature, Text
 from politune.inspection.findings import MISLEADS, WORTH_KNOWING, DataAudit, Finding
+from politune.inspection.groups import group_rows
 from politune.inspection.pairs import find_similar_between
-from politune.inspection.scan import Scan
+from politune.inspection.scan import HIDDEN, Scan
 from politune.report import Lines, Section, Table
 
 if TYPE_CHECKING:
@@ -34,6 +41,15 @@ SHARE_WITHIN = 0.05
 """Difference in a share or an accuracy that is none, in parts of 1."""
 DISTANCE_WITHIN = 0.1
 """Distance between two distributions that is none."""
+EFFECT_WITHIN = 0.2
+"""Cohen's h between the shares of answers with more or less of a feature that is none: he calls it small."""
+MOST_ANSWERS = 2000
+"""Rows of the sample whose answers are compared: half a millisecond each."""
+OF_ANSWERS = (
+    *(feature for feature in FEATURES if feature.name != "length in words"),  # which is compared over all rows
+    Feature("begins with a space", "", "", lambda text: float(text.raw[:1].isspace() and text.raw[0] not in "\r\n")),
+    Feature("hidden characters", "", "", lambda text: sum(map(HIDDEN.__contains__, text.raw))),
+)
 LEVEL = 0.001
 """Of each test of two data sets: what chance gives more often is no difference."""
 SHOWN_WORDS = 10
@@ -113,8 +129,9 @@ class Arms:
         rows = tuple((line.what, *line.values, self._difference(line), matched[line.is_matched]) for line in self.lines)
         note = (
             f"Matched: rows within {ROWS_WITHIN:.0%}, whatever chance says; shares and accuracies within {SHARE_WITHIN:.0%}, "
-            f"distributions within a distance of {DISTANCE_WITHIN}, or a difference that chance explains (p > {LEVEL}), between "
-            "any two arms. Lengths of prompts are those of distinct prompts; rows of one prompt count as what they are worth."
+            f"distributions within a distance of {DISTANCE_WITHIN}, features of the answers within h = {EFFECT_WITHIN} (Cohen's, "
+            f"of the shares where they are furthest apart), or a difference that chance explains (p > {LEVEL}), between any two "
+            "arms. Lengths of prompts are those of distinct prompts; rows of one prompt count as what they are worth."
         )
         yield Table("Are the arms matched?", ("compared", *self.names, "difference", "matched"), rows, note)
         both = [
@@ -237,18 +254,28 @@ def _prompts(keys: "NDArray[Any]") -> tuple["NDArray[np.intp]", "NDArray[np.intp
 
 def _distributions(what: str, given: Sequence[Grouped]) -> Compared:
     import numpy as np
-    from scipy.stats import ks_2samp
 
     def p(one: int, other: int) -> float:
-        """The exact test of so many rows as those are worth for the share that lies below where the two are furthest apart."""
-        place = _furthest(given[one][0], given[other][0])[1]
-        return float(ks_2samp(*(_thinned(*given[number], place) for number in (one, other)), method="auto").pvalue)
+        return _distributions_p(given[one], given[other], _furthest(given[one][0], given[other][0])[1])
 
     def distance(one: int, other: int) -> float:
         return _furthest(given[one][0], given[other][0])[0]
 
     medians = [f"{float(np.median(values)):g}" for values, _ in given]
     return _judged(what, medians, distance, p, DISTANCE_WITHIN, lambda d: f"distance {d:.2f}")
+
+
+def _distributions_p(one: Grouped, other: Grouped, place: float) -> float:
+    """The exact test of so many rows as those are worth for the share below `place`, where the two are furthest apart."""
+    from scipy.stats import ks_2samp
+
+    return float(ks_2samp(_thinned(*one, place), _thinned(*other, place), method="auto").pvalue)
+
+
+def _shares_below_p(one: Grouped, other: Grouped, place: float) -> float:
+    """The test of the shares at or below `place`, which is not chosen by how far the two are apart."""
+    known = [(float((values <= place).mean()), _worth(values <= place, groups)) for values, groups in (one, other)]
+    return shares_p(known[0], known[1])
 
 
 def _furthest(one: "NDArray[Any]", other: "NDArray[Any]") -> tuple[float, float]:
@@ -407,6 +434,63 @@ def _shortcuts(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[C
     yield Compared("shortcuts that match", placed([f"{count} found" for count in counts]), "", True)
 
 
+def _answers(scans: Sequence[Scan], audits: Sequence[DataAudit]) -> Iterator[Compared]:
+    """Each cheap feature that the answers of one side have more of in one data set, the one furthest apart first."""
+    import numpy as np
+
+    sides = "mean of chosen / rejected" if audits[0].method == "dpo" else "mean"
+    samples = [[each.row for each in scan.facts.sample[:MOST_ANSWERS]] for scan in scans]
+    texts = [
+        [list(map(Text, side)) for side in zip(*(row.completions for row in rows), strict=True)] for rows in samples
+    ]
+    groups = [
+        group_rows(_sampled_keys(scan, MOST_ANSWERS).tolist(), [row.completions for row in rows])
+        for scan, rows in zip(scans, samples, strict=True)
+    ]
+    tests = len(OF_ANSWERS) * len(texts[0])
+    unmatched = []
+    for feature in OF_ANSWERS:
+        values = [[np.array([feature.measure(text) for text in side], float) for side in arm] for arm in texts]
+        line, effect = _of_answers(f"{feature.name}, {sides}", values, groups, tests)
+        unmatched += [] if line.is_matched else [(effect, line)]
+    yield from (line for _, line in sorted(unmatched, key=lambda each: -each[0]))
+    match = f"{len(OF_ANSWERS) - len(unmatched)} of {len(OF_ANSWERS)}"
+    yield Compared("features of the answers that match", (match,) * len(scans), "", True)
+
+
+def _of_answers(
+    what: str, values: Sequence[Sequence["NDArray[Any]"]], groups: Sequence["NDArray[np.intp]"], tests: int
+) -> tuple[Compared, float]:
+    """(one feature compared, how far the two are apart that differ most).
+
+    Args:
+        values: of each data set, of each side, [rows].
+        tests: of features and sides together.
+    """
+    import numpy as np
+
+    def effects(one: int, other: int) -> list[tuple[float, float]]:
+        """By side, of the share that has any and of the distribution: Cohen's h, and its p."""
+        found = []
+        for sides in zip(values[one], values[other], strict=True):
+            given = list(zip(sides, (groups[one], groups[other]), strict=True))
+            lowest = float(min(each.min() for each in sides))
+            for place, test in ((lowest, _shares_below_p), (_furthest(*sides)[1], _distributions_p)):
+                angles = [2 * np.arcsin(np.sqrt((each <= place).mean())) for each in sides]
+                effect = float(abs(angles[0] - angles[1]))
+                found.append((effect, 2 * tests * test(given[0], given[1], place) if effect > EFFECT_WITHIN else 1.0))
+        return found
+
+    by_pair = {pair: effects(*pair) for pair in combinations(range(len(values)), 2)}
+    # The difference that counts is the one that is shown.
+    apart = {pair: max(found, key=lambda each: (each[1] <= LEVEL, each[0])) for pair, found in by_pair.items()}
+    means = [" / ".join(f"{float(side.mean()):.3g}" for side in arm) for arm in values]
+    line = _judged(
+        what, means, lambda *pair: apart[pair][0], lambda *pair: apart[pair][1], EFFECT_WITHIN, lambda h: f"h {h:.2f}"
+    )
+    return line, apart[line.furthest][0]
+
+
 COMPARISONS: tuple[Callable[[Sequence[Scan], Sequence[DataAudit]], Iterator[Compared]], ...] = (
     _rows,
     _lengths,
@@ -415,4 +499,5 @@ COMPARISONS: tuple[Callable[[Sequence[Scan], Sequence[DataAudit]], Iterator[Comp
     _generators,
     _languages,
     _shortcuts,
+    _answers,
 )

@@ -16,9 +16,9 @@ from politune.data.workers import aside, here
 from politune.inspection import topics as topic_words
 from politune.inspection.checks import CHECKS
 from politune.inspection.findings import DataAudit, Leak, Lengths, Longer, Marks, TokenCounts, Unit
-from politune.inspection.pairs import distinct, find_similar
-from politune.inspection.scan import MARKS, REASONS, AnyRow, Sampled, Scan, row_keys, rows_at
-from politune.inspection.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine
+from politune.inspection.pairs import distinct, find_contradictions, find_similar, first_repetition
+from politune.inspection.scan import MARKS, OTHER_SPLITS, REASONS, AnyRow, Sampled, Scan, rows_at
+from politune.inspection.shortcuts import FEWEST_PROMPTS, Forensics, Pair, examine, groups_of
 from politune.inspection.shown import find_rows, parts_of, render_median
 from politune.record import generator_note
 from politune.report import Bars
@@ -75,12 +75,23 @@ def _measure(
     start = aside if len(sample) >= ROWS_WORTH_A_PROCESS else here
     with (
         contextlib.closing(start(_describe, facts.sample[: topic_words.MOST_PROMPTS])) as described,
-        contextlib.closing(start(_examine, sample)) as examined,
+        contextlib.closing(start(_examine, (sample, in_tokens))) as examined,
     ):
         keys, firsts = distinct(scan)
         similar = find_similar(scan, firsts)
+        contradictions, contradicted = find_contradictions(scan, keys) if method == "dpo" else (0, ())
         [(languages, two, names, are_named)] = described
         [(usable, forensics)] = examined
+    longer, filled = _too_long_in_words(scan, spec.max_length)
+    tokens, too_long = (
+        _count_tokens(scan, spec, encoded, tokenizer) if encoded else (None, longer.nonzero()[0].tolist())
+    )
+    odd = {
+        "an exact repetition": first_repetition(keys, firsts),
+        "a contradicted one": contradicted,
+        f"one longer than max_length {spec.max_length}": too_long[:1],
+    }
+    against = [*([(OTHER_SPLITS, facts.others_share)] if facts.others else []), *against]
     generator = scan.source.generator or named_generators(facts.generators.elements())
     return DataAudit(
         name=scan.source.name,
@@ -88,6 +99,7 @@ def _measure(
         direction=scan.source.direction or spec.direction,
         columns=tuple(facts.names),
         rows=scan.rows,
+        broken=facts.broken,
         other_splits=facts.others,
         sampled=len(sample),
         sha256=facts.digest.hex(),
@@ -98,15 +110,17 @@ def _measure(
         equal=int((scan["reason"] == REASONS.index("equal")).sum()) if method == "dpo" else 0,
         duplicates=scan.rows - len(firsts),
         repeated_prompts=scan.rows - _count_distinct(scan["keys"][:, 0]),
-        contradictions=_count_contradicted(scan["keys"], keys) if method == "dpo" else 0,
+        contradictions=contradictions,
         similar=similar,
-        shared_with_other_splits=_count_shared(scan),
+        shared_with_other_splits=facts.leaks[OTHER_SPLITS, "prompt"],
         lengths=(*_lengths(method, "words", scan["words"]), *_lengths(method, "tokens", in_tokens)),
         longer=(*_longer(method, "words", scan["words"]), *_longer(method, "tokens", in_tokens)),
         marks=_marks(scan),
         max_length=spec.max_length,
         on_overlength=spec.on_overlength,
-        tokens=_count_tokens(scan, spec, encoded, tokenizer) if encoded else None,
+        longer_in_words=int(longer.sum()),
+        filled_in_words=int(filled.sum()),
+        tokens=tokens,
         histogram=_histogram(scan, in_tokens),
         languages=languages,
         two_languages=two,
@@ -118,7 +132,7 @@ def _measure(
         ),
         shortcuts=forensics,
         example=render_median(sample, encoded, tokenizer),
-        shown=tuple(find_rows(scan, [sample[number] for number in usable], forensics, similar)),
+        shown=tuple(find_rows(scan, [sample[number] for number in usable], forensics, similar, odd)),
     )
 
 
@@ -132,11 +146,20 @@ def _describe(sample: Sequence[Sampled]) -> tuple[tuple[tuple[str, int], ...], i
     )
 
 
-def _examine(sample: Sequence[AnyRow]) -> tuple[list[int], Forensics | None]:
-    """(the numbers of the rows that are pairs with two sides, their forensics); None for conversations and few prompts."""
+def _examine(given: tuple[Sequence[AnyRow], Sequence[Sequence[int]]]) -> tuple[list[int], Forensics | None]:
+    """(the numbers of the rows that are pairs with two sides, their forensics); None for conversations and few prompts.
+
+    Args:
+        given: the rows, and the lengths of their parts in tokens, none where no tokenizer is at hand.
+    """
+    sample, in_tokens = given
     usable = [index for index, row in enumerate(sample) if isinstance(row, PreferenceRow) and unusable(row) is None]
-    pairs = [Pair(repr(prompt_key(sample[index])), *sample[index].completions) for index in usable]
-    if len({pair.prompt for pair in pairs}) < FEWEST_PROMPTS:
+    pairs = []
+    for index in usable:
+        chosen, rejected = sample[index].completions
+        tokens = (in_tokens[index][1], in_tokens[index][2]) if in_tokens else None
+        pairs.append(Pair(repr(prompt_key(sample[index])), chosen, rejected, tokens))
+    if groups_of(pairs).max(initial=-1) + 1 < FEWEST_PROMPTS:
         return usable, None
     return usable, examine(pairs)
 
@@ -150,20 +173,10 @@ def _count_distinct(keys: "NDArray[np.uint64]") -> int:
     return len(np.unique(keys))
 
 
-def _count_contradicted(columns: "NDArray[np.uint64]", keys: "NDArray[np.uint64]") -> int:
-    """Rows for which another row with the same prompt has the same two answers the other way round."""
-    import numpy as np
-
-    prompt, chosen, rejected = columns.T
-    differs = chosen != rejected
-    turned = row_keys(prompt, rejected, chosen)
-    return int((np.isin(turned, keys[differs]) & differs).sum())
-
-
-def _count_shared(scan: Scan) -> int:
-    import numpy as np
-
-    return int(np.isin(scan["keys"][:, 0], scan.facts.others_prompts).sum())
+def _too_long_in_words(scan: Scan, most: int) -> tuple["NDArray[np.bool_]", "NDArray[np.bool_]"]:
+    """(usable rows with more words than so many, those that have as many in their prompt alone), [rows]."""
+    words, is_usable = scan["words"], scan["reason"] == 0
+    return is_usable & (words[:, 0] + words[:, 1:].max(1) > most), is_usable & (words[:, 0] >= most)
 
 
 def _lengths(method: str, unit: Unit, lengths: Any) -> Iterator[Lengths]:
@@ -195,20 +208,22 @@ def _marks(scan: Scan) -> tuple[Marks, ...]:
     )
 
 
-def _count_tokens(scan: Scan, spec: DataSpec, every: Sequence[Encoded], tokenizer: Any) -> TokenCounts:
-    known = [
-        (each.row, item) for each, item in zip(scan.facts.sample, every, strict=True) if unusable(each.row) is None
-    ]
+def _count_tokens(
+    scan: Scan, spec: DataSpec, every: Sequence[Encoded], tokenizer: Any
+) -> tuple[TokenCounts, list[int]]:
+    """(the counts, the numbers of the rows that are longer)."""
+    known = [(each, item) for each, item in zip(scan.facts.sample, every, strict=True) if unusable(each.row) is None]
     encoded = [item for _, item in known]
-    measured, of_all = encoded, True
+    measured, of_all = {each.number: item for each, item in known}, True
     if not scan.is_whole:
-        measured, of_all = _possibly_longer(scan, spec, every, encoded, tokenizer)
-    longer = [item for item in measured if item.longest > spec.max_length]
+        measured, of_all = _possibly_longer(scan, spec, every, measured, tokenizer)
+    numbers = sorted(number for number, item in measured.items() if item.longest > spec.max_length)
+    longer = [measured[number] for number in numbers]
     full = sum(len(item.prompt_ids) >= spec.max_length for item in longer)
     dropped = {"drop": len(longer), "truncate": full, "error": 0}[spec.on_overlength]
     truncates = spec.on_overlength == "truncate"
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
-    return TokenCounts(
+    counts = TokenCounts(
         of=len(encoded),
         of_all=of_all,
         longer=len(longer),
@@ -218,8 +233,11 @@ def _count_tokens(scan: Scan, spec: DataSpec, every: Sequence[Encoded], tokenize
         refused=len(longer) if spec.on_overlength == "error" else 0,
         boundary_mismatches=sum(item.lost_prompt_tokens > 0 for item in encoded),
         without_end=sum(not item.stops for item in encoded),
-        with_special_tokens=sum(any(token in text for token in special for text in _texts(row)) for row, _ in known),
+        with_special_tokens=sum(
+            any(token in text for token in special for text in _texts(each.row)) for each, _ in known
+        ),
     )
+    return counts, numbers
 
 
 def _taken_off(item: Encoded, max_length: int) -> int:
@@ -228,9 +246,10 @@ def _taken_off(item: Encoded, max_length: int) -> int:
 
 
 def _possibly_longer(
-    scan: Scan, spec: DataSpec, every: Sequence[Encoded], usable: Sequence[Encoded], tokenizer: Any
-) -> tuple[list[Encoded], bool]:
-    """(the usable rows that a limit may cut, in tokens, whether those are all of them): no token is shorter than a byte."""
+    scan: Scan, spec: DataSpec, every: Sequence[Encoded], usable: dict[int, Encoded], tokenizer: Any
+) -> tuple[dict[int, Encoded], bool]:
+    """(the usable rows that a limit may cut, in tokens, by their number; whether those are all of them): no token is shorter
+    than a byte."""
     import numpy as np
 
     sizes = scan["longest"][[each.number for each in scan.facts.sample]]
@@ -239,9 +258,9 @@ def _possibly_longer(
     added = max(64, added + 64)
     maybe = np.flatnonzero((scan["longest"].astype(np.int64) + added > spec.max_length) & (scan["reason"] == 0))
     if len(maybe) > MOST_TOKENISED:
-        return list(usable), False
+        return usable, False
     rows = rows_at(scan, maybe.tolist())
-    return encode([rows[number] for number in sorted(rows)], tokenizer) if rows else [], True
+    return dict(zip(rows, encode(list(rows.values()), tokenizer), strict=True)) if rows else {}, True
 
 
 def _texts(row: AnyRow) -> list[str]:

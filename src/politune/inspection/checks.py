@@ -15,6 +15,14 @@ FOREIGN_SHARE = 0.02
 """Up to this share, another language is a slip."""
 
 
+def _check_broken(report: DataAudit) -> Iterator[Finding]:
+    if report.broken:
+        total = report.rows + report.broken
+        first = next(row for row in report.shown if row.why == "broken")
+        text = f"{report.broken:,} of {total:,} rows cannot be read: training refuses the data ({first.id}: {first.lines[0]})"
+        yield Finding(STOPS, "broken", text, report.broken / total, "trains")
+
+
 def _check_unusable(report: DataAudit) -> Iterator[Finding]:
     for name, count, what in (
         ("empty", report.empty, "have an empty prompt or answer"),
@@ -32,7 +40,10 @@ def _check_unusable(report: DataAudit) -> Iterator[Finding]:
 
 def _check_overlength(report: DataAudit) -> Iterator[Finding]:
     tokens = report.tokens
-    if tokens is None or not tokens.longer:
+    if tokens is None:
+        yield from _check_overlength_in_words(report)
+        return
+    if not tokens.longer:
         return
     total = report.usable if tokens.of_all else tokens.of
     share = tokens.longer / total
@@ -46,6 +57,18 @@ def _check_overlength(report: DataAudit) -> Iterator[Finding]:
     lost = f" ({tokens.removed:,} tokens)" if tokens.removed else ""
     weight = MISLEADS if share > MAX_DROPPED_SHARE or tokens.truncated else WORTH_KNOWING
     yield Finding(weight, "overlength", f"{who}: {fate}{lost}", share, "trains")
+
+
+def _check_overlength_in_words(report: DataAudit) -> Iterator[Finding]:
+    """What is too long whatever the tokenizer; how much else is, only one can tell."""
+    if not (longer := report.longer_in_words):
+        return
+    share, truncates = longer / report.usable, report.on_overlength == "truncate"
+    refused = report.on_overlength == "error" or report.usable == (report.filled_in_words if truncates else longer)
+    fate = "training refuses the data" if refused else f"they are {'cut at the end' if truncates else 'dropped'}"
+    text = f"{longer:,} of {report.usable:,} rows have more words than max_length {report.max_length} allows tokens: {fate}"
+    weight = MISLEADS if share > MAX_DROPPED_SHARE or truncates else WORTH_KNOWING
+    yield Finding(STOPS if refused else weight, "overlength", text, share, "trains")
 
 
 def _check_longer_side(report: DataAudit) -> Iterator[Finding]:
@@ -159,10 +182,6 @@ def _check_leaks(report: DataAudit) -> Iterator[Finding]:
             parts = f"{leak.prompts:,} by their prompt, {leak.passages:,} by a passage of eight words"
             text = f"{_of(leak.rows, report)} share text with {safe(leak.name, 60)} ({parts})"
             yield Finding(MISLEADS, "leak", text, share, "leaks")
-    if report.shared_with_other_splits:
-        share = report.shared_with_other_splits / report.rows
-        text = f"{_of(report.shared_with_other_splits, report)} have a prompt that stands in another split as well"
-        yield Finding(MISLEADS, "other-splits", text, share, "leaks")
     if across := report.similar.across_prompts:
         share = across / report.rows
         text = f"{_of(across, report)} are near-duplicates of one with another prompt: a validation split by prompt parts some"
@@ -177,6 +196,7 @@ def _check_generator(report: DataAudit) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[DataAudit], Iterator[Finding]], ...] = (
+    _check_broken,
     _check_unusable,
     _check_overlength,
     _check_longer_side,

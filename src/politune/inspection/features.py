@@ -5,7 +5,7 @@ The phrases are English; in other languages their counts are zero, and the bag o
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -44,10 +44,10 @@ FUNCTION_WORD_SET = frozenset(FUNCTION_WORDS)
 
 
 class Text:
-    """An answer, and what several features ask of it."""
+    """An answer, and what several features ask of it; `tokens` is its length in them, where a tokenizer is at hand."""
 
-    def __init__(self, raw: str) -> None:
-        self.raw = raw
+    def __init__(self, raw: str, tokens: int | None = None) -> None:
+        self.raw, self.tokens = raw, tokens
 
     @cached_property
     def words(self) -> list[str]:
@@ -135,3 +135,9 @@ FEATURES: tuple[Feature, ...] = (
     _count("refusal phrases", lambda text: len(REFUSALS.findall(text.raw))),
     _share("hedges", lambda text: text.rate(len(HEDGES.findall(text.raw)))),
 )  # fmt: skip
+IN_TOKENS = Feature("length in tokens", "is longer in tokens", "is shorter in tokens", lambda text: text.tokens or 0)
+
+
+def features_of(texts: Sequence[Text]) -> tuple[Feature, ...]:
+    """The features that the texts have a number for."""
+    return (*FEATURES, IN_TOKENS) if all(text.tokens is not None for text in texts) else FEATURES

@@ -118,13 +118,19 @@ class Shown:
 @dataclass(frozen=True)
 class DataAudit:
     """The figures of a data set; every count is of rows unless its name says otherwise. `sampled` rows were looked at as texts:
-    for tokens, languages, topics and shortcuts."""
+    for tokens, languages, topics and shortcuts. `broken` ones cannot be read, and are none of `rows`.
+
+    Of the usable rows, `longer_in_words` have more words than `max_length`, and `filled_in_words` as many in their prompt alone:
+    so many are too long for every tokenizer that splits at white space before it merges and has no token of two words. Those
+    that merge across spaces (SuperBPE, Liu et al. 2025) are not bound by it.
+    """
 
     name: str
     method: Method
     direction: str | None
     columns: tuple[str, ...]
     rows: int
+    broken: int
     other_splits: int
     sampled: int
     sha256: str
@@ -143,6 +149,8 @@ class DataAudit:
     marks: tuple[Marks, ...]
     max_length: int
     on_overlength: str
+    longer_in_words: int
+    filled_in_words: int
     tokens: TokenCounts | None
     histogram: Bars
     languages: tuple[tuple[str, int], ...]
@@ -176,14 +184,17 @@ class DataAudit:
         return self.rows - self.empty - self.equal
 
     def _trains(self) -> str:
-        tokens = self.tokens
-        trained = self.usable - (tokens.dropped if tokens and tokens.of_all else 0)
-        rows = f"all {self.rows:,} rows do" if trained == self.rows else f"{trained:,} of {self.rows:,} rows do"
+        tokens, at = self.tokens, f"max_length {self.max_length}"
         if tokens is None:
-            return f"{rows}; in tokens with --model"
-        if tokens.of_all or not tokens.dropped:
-            return f"{rows} at max_length {self.max_length}"
-        return f"{rows}, but that {tokens.dropped:,} of {tokens.of:,} in the sample are longer than max_length {self.max_length}"
+            sound = self.usable - (self.longer_in_words if self.on_overlength == "drop" else self.filled_in_words)
+            return f"{self._rows(sound)} are sound as texts; whether they fit {at} is not known without a tokenizer (--model)"
+        if tokens.of_all:
+            return f"{self._rows(self.usable - tokens.dropped)} do at {at}"
+        kept = tokens.of - tokens.dropped
+        return f"{kept:,} of {tokens.of:,} rows of the sample do at {at}; the others were not counted in tokens"
+
+    def _rows(self, count: int) -> str:
+        return f"all {count:,} rows" if count == self.rows else f"{count:,} of {self.rows:,} rows"
 
     def _content(self) -> str:
         medians = {item.part: item.median for item in self.lengths if item.unit == "words"}
@@ -205,7 +216,7 @@ class DataAudit:
         """Why there are none."""
         if self.method == "sft":
             return "one answer a row"
-        return f"fewer than {FEWEST_PROMPTS} prompts{self._in_sample(self.sampled)}"
+        return f"fewer than {FEWEST_PROMPTS} prompts with answers of their own{self._in_sample(self.sampled)}"
 
     def _in_sample(self, count: int) -> str:
         """Says of how many rows something is known, where that is not all of them."""
@@ -241,7 +252,8 @@ class DataAudit:
         items: tuple[tuple[str, Cell], ...] = (
             ("columns", columns + more),
             ("rows", self.rows),
-            ("rows of other splits, not read", self.other_splits),
+            ("broken rows, counted in nothing else", self.broken or None),
+            ("rows of other splits", self.other_splits),
             ("empty", self.empty),
             ("chosen equals rejected", self.equal),
             ("direction", self.direction),

@@ -111,10 +111,19 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="politune-against-") as place:
         indexes = [_index(name, number, Path(place), offline) for number, name in enumerate(against)]
         for name in names or [_own_data(run, offline)]:
-            spec, source, method = _opened(run, name, offline, say)
+            spec, source, method, columns = _opened(run, name, offline, say)
             told = Phase(f"reading {safe(source.name, 60)}", "rows", say)
             seed, paths = run.train.seed, [path for path, _ in indexes]
-            scanned = scan.scan(source, method, spec.direction, seed, sample_rows=sample_rows, against=paths, told=told)
+            scanned = scan.scan(
+                source,
+                method,
+                spec.direction,
+                seed,
+                sample_rows=sample_rows,
+                against=paths,
+                columns=columns,
+                told=told,
+            )
             scans.append(scanned)
             specs.append(spec)
         # A tokenizer takes seconds and memory of its own: what is wrong with the data has been said by now.
@@ -138,7 +147,8 @@ def _own_data(run: Run, offline: bool) -> str:
 
 def _opened(
     run: Run, name: str, offline: bool, say: Callable[[str], None]
-) -> tuple[DataSpec, sources.Stream, rows_format.Method]:
+) -> tuple[DataSpec, sources.Stream, rows_format.Method, tuple[str, ...]]:
+    """(how the data set is read, what it is read from, as which method's rows, the columns of its first part)."""
     spec = run.data.model_copy(update={"dataset_name": name, "recipe": None})
     if name in SHIPPED_DATA and spec.direction is None:
         spec = spec.model_copy(update={"direction": "left"})
@@ -149,7 +159,7 @@ def _opened(
     columns = first.read().columns
     shape = rows_format.Table(columns, [], source.name, "")
     method = _method(run, shape, say)
-    return _with_direction(spec, shape, say), source, method
+    return _with_direction(spec, shape, say), source, method, columns
 
 
 def _method(run: Run, table: rows_format.Table, say: Callable[[str], None]) -> rows_format.Method:

@@ -81,6 +81,25 @@ def distinct(scan: Scan) -> tuple["NDArray[np.uint64]", "NDArray[np.int64]"]:
     return keys, np.sort(np.unique(keys, return_index=True)[1])
 
 
+def first_repetition(keys: "NDArray[np.uint64]", firsts: "NDArray[np.int64]") -> tuple[int, ...]:
+    """The first row that repeats an earlier one, and that one, by what `distinct` found; empty where none does."""
+    import numpy as np
+
+    again = np.setdiff1d(np.arange(len(keys)), firsts, assume_unique=True)[:1]
+    return tuple(int(row) for row in again for row in (row, np.argmax(keys == keys[row])))
+
+
+def find_contradictions(scan: Scan, keys: "NDArray[np.uint64]") -> tuple[int, tuple[int, ...]]:
+    """(rows for which another row with the same prompt has the same two answers the other way round, the first such pair)."""
+    import numpy as np
+
+    prompt, chosen, rejected = scan["keys"].T
+    differs = chosen != rejected
+    turned = row_keys(prompt, rejected, chosen)
+    found = np.flatnonzero(np.isin(turned, keys[differs]) & differs)
+    return len(found), tuple(int(row) for row in found[:1] for row in (row, np.argmax(keys == turned[row])))
+
+
 def _shingles_at(scan: Scan, pairs: "NDArray[np.int64]") -> dict[int, Any]:
     """The runs of the rows that stand in pairs; their texts are held a part of the data at a time."""
     import numpy as np

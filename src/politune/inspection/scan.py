@@ -1,19 +1,24 @@
 """One pass over a data set: figures of every row, and the texts of a sample.
 
 Processes take the parts of the set (`measure`); what they find is put together in the order of the parts (`scan`), so that their
-number changes nothing. Of a row stay some 90 bytes of numbers. The texts that are looked at more closely are those of the
+number changes nothing. Where there are rows of other splits, what they hold is collected on the way, and a second pass holds the
+data set's own rows against it. Of a row stay some 90 bytes of numbers. The texts that are looked at more closely are those of the
 sample, the rows whose prompts have the smallest hashes: which rows that are depends on the rows alone, not on their order.
 """
 
+import contextlib
 import hashlib
 import heapq
+import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from unicodedata import category
 
 from politune.data import format as rows_format
 from politune.data import leaks, neighbours
@@ -31,13 +36,20 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 5000
 EXAMPLES = 5
+BROKEN_CHARACTERS = 2000
+OTHER_SPLITS = "other splits of the data"
+"""What the leak is called that needs no `--against`."""
 REASONS = ("", *rows_format.UNUSABLE)
 """Why a row teaches nothing, by the number that stands for it."""
 MARKS = ("leading_line_breaks", "stray_quotation_marks", "hidden_characters")
 
-HIDDEN = frozenset(filter(is_hidden, map(chr, (*range(0x20000), *range(0xE0000, 0xE1000))))) - set("\t\r\n\u200c\u200d")
-"""Characters that nobody sees, of all planes that have any. Joiners (U+200C, U+200D) are part of ordinary writing in several
-scripts and of emoji."""
+ORDINARY = frozenset("\t\r\n\u200c\u200d\ufe0e\ufe0f") | {
+    each for each in map(chr, range(0x7F, 0x3001)) if category(each) == "Zs"
+}
+"""Hidden characters of ordinary writing: joiners are part of several scripts and of emoji, the two selectors of emoji, and
+typographers' spaces of French, Chinese and Japanese."""
+HIDDEN = frozenset(filter(is_hidden, map(chr, (*range(0x20000), *range(0xE0000, 0xE1000))))) - ORDINARY
+"""Characters that nobody sees, of all planes that have any."""
 _MAY_HIDE = re.compile(b"[" + re.escape(bytes({each.encode("utf-8", "surrogatepass")[0] for each in HIDDEN})) + b"]")
 """The bytes that a hidden character begins with in UTF-8."""
 QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“"}
@@ -62,17 +74,31 @@ class Sampled:
     topic: str
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be read: what training says of it, and the beginning of its JSON."""
+
+    error: DataError
+    text: str
+
+
 @dataclass
 class Facts:
     """What one part, or all of them, have to say.
 
     `columns` are those of `COLUMNS`, [rows] or [rows, n]; `marks` counts texts by part of the row and kind of mark; `examples`
     holds numbers of rows by what is odd about them; `leaks` counts, by the name of what the rows are held against, those that
-    share a "prompt", a "passage" or either ("row") with it; `others_prompts` are hashes of the prompts of other splits.
+    share a "prompt", a "passage" or either ("row") with it. `broken` rows cannot be read and are none of `rows`; the first ones
+    are kept. `others` are of other splits, `others_texts` hashes of their prompts and passages, and `others_share` the share of
+    these passages that the rows were held against.
     """
 
     rows: int = 0
+    broken: int = 0
+    broken_rows: list[Broken] = field(default_factory=list)
     others: int = 0
+    others_texts: tuple[Any, Any] | None = None
+    others_share: float = 1.0
     names: dict[str, None] = field(default_factory=dict)
     splits: Counter[str] = field(default_factory=Counter)
     kinds: tuple[tuple[str, str], ...] = ()
@@ -82,14 +108,13 @@ class Facts:
     topics: Counter[str] = field(default_factory=Counter)
     generators: Counter[str] = field(default_factory=Counter)
     leaks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    others_prompts: Any = ()
     examples: dict[str, list[int]] = field(default_factory=dict)
     sample: list[Sampled] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the rows are to be read."""
+    """How the rows are to be read; `columns` are those of the first part, for a part all of whose rows lack one."""
 
     name: str
     method: Method
@@ -97,6 +122,7 @@ class Settings:
     membership: Membership
     seed: int
     against: tuple[Path, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +163,7 @@ def scan(
     *,
     sample_rows: int = SAMPLE_ROWS,
     against: Sequence[Path] = (),
+    columns: Sequence[str] = (),
     processes: int | None = None,
     told: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Scan:
@@ -147,16 +174,17 @@ def scan(
         direction, seed: which side is the chosen one, as `format.parse_preferences` takes them.
         sample_rows: how many rows are kept as texts.
         against: what `leaks.Index.save` wrote.
+        columns: of the first part: a later one may be of rows that all lack one of them.
         told: takes the number of rows that are done, and about how many there are, where the size of the text is known.
 
     Raises:
-        DataError: a row that cannot be read as this method's, a file that is malformed, no row of the split.
+        DataError: no row can be read as this method's, a file that is malformed, no row of the split.
     """
-    settings = Settings(source.name, method, direction, source.membership, seed, tuple(against))
+    settings = Settings(source.name, method, direction, source.membership, seed, tuple(against), tuple(columns))
     swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" else None
     whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
-    pieces: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "others_prompts")}
-    digest, size = hashlib.sha256(), source.size_bytes
+    pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    digest, size, others = hashlib.sha256(), source.size_bytes, leaks.Growing()
 
     def given() -> Iterator[tuple[Part, int, Sequence[bool] | None]]:
         done = iter(swaps or ())
@@ -167,6 +195,8 @@ def scan(
     for found in in_order(partial(measure, settings), given(), processes):
         _refuse_other_kinds(whole, found, source)
         _add(whole, found, pieces)
+        if found.others_texts:
+            others.add(*found.others_texts)
         digest.update(found.digest)
         firsts.append(whole.rows)
         whole.sample = heapq.nsmallest(sample_rows, whole.sample, key=_rank)
@@ -174,10 +204,16 @@ def scan(
             bound[0] = whole.sample[-1].rank[0]
         done = ends[len(firsts) - 1]
         told(whole.rows, round(whole.rows / done * size) if size and done else None)
+    if not whole.rows and whole.broken:
+        raise whole.broken_rows[0].error
     if not whole.rows:
         raise source.nothing_of(whole.splits, whole.names) if whole.others else no_rows(source.name, tuple(whole.names))
     _join(whole, pieces)
     whole.digest = digest.digest()
+    if whole.others:
+        sides = [None] * len(firsts) if swaps is None else swaps
+        parts = zip(source.parts(), sides, strict=False)
+        _hold_against_others(whole, others.index(OTHER_SPLITS), settings, parts, firsts, processes, told)
     return Scan(source, settings, whole, tuple(firsts))
 
 
@@ -190,22 +226,50 @@ def _join(whole: Facts, pieces: dict[str, list[Any]]) -> None:
 
     for name in COLUMNS:
         whole.columns[name] = np.concatenate(pieces.pop(name))
-    whole.others_prompts = np.unique(np.concatenate(pieces.pop("others_prompts")))
+
+
+def _hold_against_others(
+    whole: Facts,
+    index: leaks.Index,
+    settings: Settings,
+    parts: Iterable[tuple[Part, Sequence[bool] | None]],
+    firsts: Sequence[int],
+    processes: int | None,
+    told: Callable[[int, int | None], None],
+) -> None:
+    """Adds what the rows share with other splits, which is known only when all of them were read."""
+    with tempfile.TemporaryDirectory(prefix="politune-splits-") as place:
+        path = Path(place) / "others.npz"
+        index.save(path)
+        held = in_order(partial(_held, replace(settings, against=(path,))), parts, processes)
+        for found, first, end in zip(held, firsts, firsts[1:], strict=False):
+            if found.rows != end - first:
+                raise _changed(settings.name)
+            whole.leaks.update(found.leaks)
+            _add_examples(whole, found, first)
+            if end < whole.rows:
+                told(end, whole.rows)
+    whole.others_share = index.share
 
 
 def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
     for name, values in found.columns.items():
         pieces[name].append(values)
-    pieces["others_prompts"].append(found.others_prompts)
     whole.names |= found.names
     for counted in ("splits", "marks", "topics", "generators", "leaks"):
         getattr(whole, counted).update(getattr(found, counted))
-    for what, numbers in found.examples.items():
-        have = whole.examples.setdefault(what, [])
-        have += [whole.rows + number for number in numbers[: EXAMPLES - len(have)]]
+    _add_examples(whole, found, whole.rows)
+    whole.broken += found.broken
+    whole.broken_rows += found.broken_rows[: EXAMPLES - len(whole.broken_rows)]
     whole.sample += [Sampled(each.rank, whole.rows + each.number, each.row, each.topic) for each in found.sample]
     whole.rows += found.rows
     whole.others += found.others
+
+
+def _add_examples(whole: Facts, found: Facts, first: int) -> None:
+    for what, numbers in found.examples.items():
+        have = whole.examples.setdefault(what, [])
+        have += [first + number for number in numbers[: EXAMPLES - len(have)]]
 
 
 def _refuse_other_kinds(whole: Facts, found: Facts, source: Stream) -> None:
@@ -228,7 +292,7 @@ def _drawn_sides(source: Stream, settings: Settings, processes: int | None) -> l
 
 
 def _count(settings: Settings, part: Part) -> int:
-    return len(_table(settings, part)[0].rows)
+    return len(_readable(settings, _table(settings, part)[0])[0])
 
 
 # --- one part, in a process of its own -------------------------------------------------------------------------------
@@ -250,17 +314,23 @@ def _measured(settings: Settings, part: Part, bound: int, swaps: Sequence[bool] 
     table, places, others = _table(settings, part)
     facts = Facts(rows=len(table.rows), others=len(others.rows), names=dict.fromkeys(table.columns))
     facts.splits = Counter(map(split_of, others.rows))
-    facts.others_prompts = _prompts_of(settings, others)
+    if others.rows:
+        facts.others_texts = _texts_of(settings, others)
     if not table.rows:
         return facts
-    rows = _parse(settings.method, table, settings.direction, settings.seed, swaps)
-    facts.kinds = rows_format.kinds_of(table, settings.method)
     facts.digest = b"".join(map(hash_row, table.rows))
+    numbers, rows, broken = _readable(settings, table, swaps)
+    if broken:
+        facts.rows, facts.broken, facts.broken_rows = len(rows), len(broken), broken[:EXAMPLES]
+        table, places = _only(table, numbers), [places[number] for number in numbers]
+    if not rows:
+        return facts
+    facts.kinds = rows_format.kinds_of(table, settings.method)
     facts.topics = Counter(_label(row, "topic") for row in table.rows if row.get("topic") not in (None, ""))
     facts.generators = Counter(_label(row, "generator") for row in table.rows if row.get("generator"))
     _measure_rows(facts, rows, places)
-    _hold_against(facts, rows, settings.against)
     keys = facts.columns["keys"]
+    _hold_against(facts, rows, keys[:, 0], settings.against)
     whole = row_keys(*keys.T)
     for number in (keys[:, 0] <= bound).nonzero()[0].tolist():
         rank = (int(keys[number, 0]), int(whole[number]))
@@ -278,7 +348,11 @@ def _table(settings: Settings, part: Part) -> tuple[Table, list[int], Table]:
     read = part.read()
     places, members = part.places(read), settings.membership.members(read)
     own, others = read.only(members), read.only(sorted(set(range(len(read.rows))).difference(members)))
-    table = Table(own.columns, own.rows, part.name, "", lines=own.lines, first=part.first)
+    columns = own.columns
+    if settings.method not in rows_format.methods_of(Table(columns, [], "", "")):
+        columns = tuple(dict.fromkeys((*settings.columns, *columns)))
+    numbers = [part.first + number + 1 for number in members]
+    table = Table(columns, own.rows, part.name, "", lines=own.lines, numbers=numbers)
     return table, [places[number] for number in members], Table(read.columns, others.rows, part.name, "")
 
 
@@ -290,12 +364,77 @@ def _parse(
     return rows_format.parse_preferences(table, direction, seed, swaps)
 
 
-def _prompts_of(settings: Settings, others: Table) -> "NDArray[np.uint64]":
-    """Hashes of the prompts of rows that belong to other splits, each once."""
+def _readable(
+    settings: Settings, table: Table, swaps: Sequence[bool] | None = None
+) -> tuple[Sequence[int], Sequence[AnyRow], list[Broken]]:
+    """(the numbers of the rows that can be read, those rows, the others).
+
+    Args:
+        swaps: of the rows that can be read.
+
+    Raises:
+        DataError: what is wrong is no single row.
+    """
+    method, direction, seed = settings.method, settings.direction, settings.seed
+    sides = ("left", "right") if method == "sft" and direction == "shuffled" else (direction,)
+    if len(sides) == 1 and (swaps is None or len(swaps) == len(table.rows)):
+        with contextlib.suppress(DataError):
+            return range(len(table.rows)), _parse(method, table, direction, seed, swaps), []
+    _parse(method, _only(table, []), direction, seed)
+    kinds: dict[int, tuple[tuple[str, str], ...]] = {}
+    errors: dict[int, DataError] = {}
+    for number in range(len(table.rows)):
+        alone = _only(table, [number])
+        try:
+            for side in sides:
+                _parse(method, alone, side, seed)
+            kinds[number] = rows_format.kinds_of(alone, method)
+        except DataError as error:
+            errors[number] = error
+    ((usual, _),) = Counter(kinds.values()).most_common(1) or [((), 0)]
+    for number, found in kinds.items():
+        if found != usual:
+            is_here = ", ".join(
+                f"{column} is {kind}" for (column, kind), other in zip(found, usual, strict=True) if kind != other[1]
+            )
+            errors[number] = DataError(f"{is_here}, unlike in most rows", where=table.place(number))
+    numbers = [number for number in kinds if number not in errors]
+    rows = _parse(method, _only(table, numbers), direction, seed, swaps)
+    return numbers, rows, [Broken(errors[number], _raw(table.rows[number])) for number in sorted(errors)]
+
+
+def _only(table: Table, numbers: Sequence[int]) -> Table:
+    lines = tuple(table.lines[number] for number in numbers) if table.lines else None
+    kept = [table.numbers[number] for number in numbers] if table.numbers else None
+    return replace(table, rows=[table.rows[number] for number in numbers], lines=lines, numbers=kept)
+
+
+def _raw(row: dict[str, object]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)[:BROKEN_CHARACTERS]
+
+
+def _texts_of(settings: Settings, others: Table) -> tuple["NDArray[np.uint64]", "NDArray[np.uint64]"]:
+    """Hashes of the prompts, and of the passages, of rows that belong to other splits."""
     import numpy as np
 
     rows = readable(settings.method, others, settings.direction, settings.seed)
-    return np.unique(np.array(hash_texts(prompt_text(row.prompt) for row in rows), np.uint64))
+    asked = {text for row in rows for text in (prompt_text(row.prompt), last_turn(row)) if text}
+    texts = [text for row in rows for text in (*(turn["content"] for turn in row.prompt), *row.completions)]
+    return np.array(hash_texts(asked), np.uint64), leaks.passages(texts)[0]
+
+
+def _held(settings: Settings, given: tuple[Part, Sequence[bool] | None]) -> Facts:
+    """What the rows of one part share with the texts of `settings.against`."""
+    import numpy as np
+
+    part, swaps = given
+    with no_collection():
+        _, rows, _ = _readable(settings, _table(settings, part)[0], swaps)
+        facts = Facts(rows=len(rows))
+        if rows:
+            prompts = np.array(hash_texts(prompt_text(row.prompt) for row in rows), np.uint64)
+            _hold_against(facts, rows, prompts, settings.against)
+        return facts
 
 
 def readable(method: Method, table: Table, direction: str | None, seed: int) -> Sequence[AnyRow]:
@@ -343,17 +482,16 @@ def _measure_rows(facts: Facts, rows: Sequence[AnyRow], places: list[int]) -> No
     }
 
 
-def _hold_against(facts: Facts, rows: Sequence[AnyRow], against: Sequence[Path]) -> None:
+def _hold_against(facts: Facts, rows: Sequence[AnyRow], prompts: "NDArray[np.uint64]", against: Sequence[Path]) -> None:
     import numpy as np
 
     if not against:
         return
     wholes = [whole_text(row.prompt, *row.completions) for row in rows]
-    keys = facts.columns["keys"][:, 0]
     last = np.array(hash_texts(map(last_turn, rows)), np.uint64)
     for path in against:
         index, table = leaks.load(path)
-        by_prompt = leaks.stand_in(index.prompts, keys) | leaks.stand_in(index.prompts, last)
+        by_prompt = leaks.stand_in(index.prompts, prompts) | leaks.stand_in(index.prompts, last)
         by_passage = leaks.shared(index, table, wholes)
         for how, found in (("prompt", by_prompt), ("passage", by_passage), ("row", by_prompt | by_passage)):
             facts.leaks[index.name, how] = int(found.sum())
@@ -418,7 +556,7 @@ def rows_by_part(of: Scan, numbers: Iterable[int]) -> Iterator[dict[int, AnyRow]
     drawn = rows_format.draw_sides(of.rows, of.settings.seed) if of.settings.direction == "shuffled" else None
     for number, part in enumerate(of.source.parts()):
         if number + 1 >= len(firsts):
-            raise _changed(of)
+            raise _changed(of.source.name)
         here = wanted[np.searchsorted(wanted, firsts[number]) : np.searchsorted(wanted, firsts[number + 1])].tolist()
         if here:
             table = _picked(part, places[here].tolist(), of)
@@ -430,9 +568,10 @@ def _picked(part: Part, places: list[int], of: Scan) -> Table:
     try:
         read = part.pick(places)
     except (IndexError, DataError) as error:
-        raise _changed(of) from error
-    return Table(read.columns, read.rows, part.name, "", lines=read.lines)
+        raise _changed(of.source.name) from error
+    numbers = [part.first + place + 1 for place in places]
+    return Table(read.columns, read.rows, part.name, "", lines=read.lines, numbers=numbers)
 
 
-def _changed(of: Scan) -> DataError:
-    return DataError("changed while it was read", where=safe(of.source.name), fix="run the same command again")
+def _changed(name: str) -> DataError:
+    return DataError("changed while it was read", where=safe(name), fix="run the same command again")

@@ -1,7 +1,6 @@
 """Rows that a person would ask to see, rendered so that nothing in them reaches a terminal or a page but words."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from politune.data.format import Encoded, PreferenceRow
@@ -29,8 +28,20 @@ def render_median(sample: Sequence[AnyRow], encoded: Sequence[Encoded], tokenize
     return render(sample[middle], encoded[middle] if encoded else None, tokenizer)
 
 
-def find_rows(scan: Scan, usable: Sequence[AnyRow], forensics: Forensics | None, similar: Similar) -> Iterator[Shown]:
-    """The rows that a person would ask for: the longest, the shortest, the broken ones, those that give themselves away."""
+def find_rows(
+    scan: Scan,
+    usable: Sequence[AnyRow],
+    forensics: Forensics | None,
+    similar: Similar,
+    odd: Mapping[str, Sequence[int]],
+) -> Iterator[Shown]:
+    """The rows that a person would ask for: the broken ones, the longest, the shortest, those that give themselves away.
+
+    Args:
+        odd: what a row is, and its number, with that of the row that it is so beside, if any.
+    """
+    for broken in scan.facts.broken_rows:
+        yield Shown("broken", _short(str(broken.error.where)), (broken.error.what, *_shown(broken.text)))
     reasons = scan["reason"]
     sound = (reasons == 0).nonzero()[0]
     wanted: dict[str, list[int]] = {}
@@ -46,7 +57,8 @@ def find_rows(scan: Scan, usable: Sequence[AnyRow], forensics: Forensics | None,
     for what, numbers in scan.facts.examples.items():
         if what.startswith("leak "):
             wanted[f"shared with {safe(what[5:], 60)}"] = numbers[:1]
-    wanted |= {"a near-duplicate": list(similar.example[:1]), "the row that it is one of": list(similar.example[1:])}
+    for name, pair in (*odd.items(), ("a near-duplicate", similar.example)):
+        wanted |= {name: list(pair[:1]), f"{name}: the other row": list(pair[1:])}
     rows = rows_at(scan, [number for numbers in wanted.values() for number in numbers])
     for why, numbers in wanted.items():
         for number in numbers:
@@ -59,7 +71,11 @@ def find_rows(scan: Scan, usable: Sequence[AnyRow], forensics: Forensics | None,
 
 def _place(row: AnyRow) -> str:
     """The row's own name, or where it stands; of a long path the end, which says the line."""
-    return safe(row.id if len(row.id) <= PLACE_CHARACTERS else f"…{row.id[1 - PLACE_CHARACTERS :]}", None)
+    return safe(_short(row.id), None)
+
+
+def _short(place: str) -> str:
+    return place if len(place) <= PLACE_CHARACTERS else f"…{place[1 - PLACE_CHARACTERS :]}"
 
 
 def _most_alike(rows: Sequence[AnyRow]) -> int | None:
@@ -96,7 +112,13 @@ def render(row: AnyRow, item: Encoded | None, tokenizer: Any) -> tuple[str, ...]
 
 
 def _shown(text: str) -> list[str]:
-    r"""Text line by line, with each line break visible as `\n` at its end."""
+    r"""Text line by line, with each line break visible as `\n` at its end, and spaces before it as `\x20`."""
     cut = text[:EXAMPLE_CHARACTERS]
-    lines = [safe(line, None) for line in re.findall(r"[^\n]*\n|[^\n]+", cut)]
+    *ended, last = cut.split("\n")
+    lines = [rf"{_line(line)}\n" for line in ended] + ([_line(last)] if last else [])
     return [*lines, f"… {len(text) - len(cut)} more characters"] if len(text) > len(cut) else lines
+
+
+def _line(text: str) -> str:
+    bare = text.rstrip(" ")
+    return safe(bare, None) + r"\x20" * (len(text) - len(bare))

@@ -15,6 +15,7 @@ from typing import Any
 
 from politune.errors import ModelError, safe
 from politune.models.files import Header, read_header
+from politune.models.seal import SEAL, flaw_of_adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +68,8 @@ def read(path: Path) -> Adapter:
     """Reads and judges an adapter directory; neither torch nor PEFT is imported.
 
     Raises:
-        ModelError: a file is missing or damaged, the adapter is no plain LoRA, or a setting is refused.
+        ModelError: a file is missing, damaged or not the one that was exported, the adapter is no plain LoRA, or a setting
+            is refused.
     """
     if not path.is_dir():
         raise ModelError(
@@ -90,6 +92,9 @@ def read(path: Path) -> Adapter:
             raise adapter.refusal(f"names far more modules in its {key} than it holds weights of")
     for module, shapes in modules.items():
         _check_rank(adapter, module, shapes)
+    if flaw := flaw_of_adapter(path, (CONFIG, WEIGHTS)):
+        fix = f"its run's command with --resume exports it again; remove {SEAL} if it was changed on purpose"
+        raise adapter.refusal(f"is not as it was exported: {flaw}", fix)
     return adapter
 
 

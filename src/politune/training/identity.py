@@ -18,6 +18,8 @@ from politune.training.processes import world_size
 COMPARED_BY_HASH = ("model.model_name_or_path", "model.revision", "data.dataset_name", "data.dataset_revision")
 # Of a packed call; what is chosen for a machine depends on its free memory, so a resumed run takes the former value.
 CALL_TOKENS = "tokens per call"
+OF_THE_MACHINE = (CALL_TOKENS, "processes", "threads", "device")
+"""What only the steps that are left depend on: nothing where none is left, or none was saved."""
 
 
 def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> dict[str, Any]:
@@ -40,9 +42,15 @@ def identity_of(run: Run, prepared: Prepared, tokens_per_call: int | None) -> di
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "device": accelerator.type if accelerator else "cpu",
-        **{f"version of {name}": version for name, version in record.environment()["libraries"].items()},
+        **{f"version of {name}": version for name, version in _versions().items()},
     }
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes a step. A second release of Python with the same syntax computes the same."""
+    found = record.environment()
+    return {"python": ".".join(found["python"].split(".")[:2]), "politune": found["politune"], **found["libraries"]}
 
 
 def check_checkpoint(checkpoint: Path, identity: Mapping[str, Any]) -> None:
@@ -54,19 +62,21 @@ def check_checkpoint(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     _refuse(checkpoints.identity_of(checkpoint), identity)
 
 
-def check_finished(document: Mapping[str, Any], run: Run) -> None:
-    """Refuses to show a finished run's report for a command that asks for another run.
+def check_papers(document: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuses to go on, without a checkpoint, in the directory of a run that was not the same: of a finished one, or of one
+    that ended before its first checkpoint.
+
+    Args:
+        document: its run.json.
 
     Raises:
-        ConfigError: a setting differs from the finished run's.
-        OutputError: run.json is not a finished run's of this version.
+        ConfigError: names what has changed, each with its old and new value.
+        OutputError: run.json does not say what the run was.
     """
-    before = {key: v for key, v in record.settings_of(document).items() if not key.startswith(NOT_OF_AN_ADAPTER)}
-    if not before:
+    before = document.get("identity")
+    if not isinstance(before, dict):
         raise OutputError("run.json is damaged or of another version of politune", fix="choose another --output_dir")
-    asked = {key: value for key, value in flatten(run).items() if not key.startswith(NOT_OF_AN_ADAPTER)}
-    asked |= {"method": run.method}
-    _refuse(before, json.loads(json.dumps(asked)))
+    _refuse(*({k: v for k, v in each.items() if k not in OF_THE_MACHINE} for each in (before, identity)))
 
 
 def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -17,15 +17,15 @@ from politune.data.made import turned_of
 from politune.errors import OutputError, safe
 from politune.models import load
 from politune.models.quiet import quiet_libraries
-from politune.presets import Resolved, command
+from politune.presets import Resolved
 from politune.training import checkpoints
 from politune.training.directory import claimed
 from politune.training.failures import translated
-from politune.training.identity import CALL_TOKENS, check_checkpoint, check_finished, identity_of
+from politune.training.identity import CALL_TOKENS, check_checkpoint, check_papers, identity_of
 from politune.training.outcome import TrainReport, from_document
 from politune.training.prepare import Prepared, prepare
-from politune.training.processes import is_main_process, resuming, use_one_gpu, world_size
-from politune.training.signals import StopRequest, caught
+from politune.training.processes import is_main_process, use_one_gpu, world_size
+from politune.training.signals import StopRequest
 
 
 def train(
@@ -36,10 +36,9 @@ def train(
     quiet: bool = False,
     calibrate: bool = False,
     measure: bool = False,
-    stop_after: float | None = None,
+    stop: StopRequest,
     say: Callable[[str], None],
     show: Callable[[plan.PlanReport], None],
-    words: str | None = None,
 ) -> TrainReport:
     """Trains a LoRA adapter and exports it, or resumes an interrupted run; then measures what that moved, if asked to.
 
@@ -49,11 +48,10 @@ def train(
         offline: use what is on this machine only.
         quiet: no progress during training.
         calibrate: measure how long the run will take, for the plan (`plan.timed`).
-        stop_after: minutes after which the run saves itself and leaves, as after SIGTERM.
         measure: put base and tuned model to the instruments when the run is done (`lean.measure`, quick).
+        stop: what signals ask of the run (`signals.caught`), with the command that resumes it.
         say: takes one line of progress.
         show: takes the plan, before the expensive part.
-        words: the user's own command, for the sentence that says how to resume.
 
     Raises:
         PolituneError: one leaf per cause, see `politune.errors`; run.json then says `failed` or `interrupted`.
@@ -63,15 +61,14 @@ def train(
     load.check(run.model)
     check_trl_table(run)
     use_one_gpu(say)
-    with caught(resuming(words or command(run)), stop_after=stop_after) as stop:
-        trackers: list[Any] = []
-        try:
-            result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop, trackers)
-            if measure and is_main_process():
-                result = _measured(result, directory, say, trackers)
-        finally:
-            for tracker in trackers:
-                tracker.finish()
+    trackers: list[Any] = []
+    try:
+        result = _train(resolved, directory, table, resume, offline, quiet, calibrate, say, show, stop, trackers)
+        if measure and is_main_process():
+            result = _measured(result, directory, say, trackers)
+    finally:
+        for tracker in trackers:
+            tracker.finish()
     return result
 
 
@@ -89,12 +86,12 @@ def _train(
     trackers: list[Any],
 ) -> TrainReport:
     run = resolved.run
-    with claimed(directory, resolved, resume) as papers:
+    with claimed(directory, resolved, resume, stop.resume_words) as papers:
+        prepared = prepare(run, table, offline, say)
         if resume and papers.is_done:
-            check_finished(papers.document, run)
+            check_papers(papers.document, identity_of(run, prepared, None))
             say("this run is finished: nothing left to train")
             return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
-        prepared = prepare(run, table, offline, say)
         checkpoint = _newest_checkpoint(directory, say) if resume else None
         former = checkpoints.identity_of(checkpoint) if checkpoint else {}
         estimate = _estimate(run, prepared, directory, former.get(CALL_TOKENS))
@@ -105,13 +102,18 @@ def _train(
         identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
         if checkpoint:
             check_checkpoint(checkpoint, identity)
+        elif "identity" in papers.document:
+            check_papers(papers.document, identity)
         papers.begin(
+            identity=identity,
             direction=metadata["politune.direction"],
             base=prepared.base_facts(),
             data=prepared.data_facts(),
             plan=asdict(estimate),
             disclosure=metadata,
         )
+        if is_main_process():
+            say(f"whatever ends this run, it goes on with: {stop.resume_words}")
         with _offline_from_here(), quiet_libraries(), translated(run.train, estimate, directory):
             # Torch, transformers and TRL come in here, after everything that can be refused without them.
             from politune.training.session import Session

@@ -15,7 +15,7 @@ from politune.data import format as rows_format
 from politune.data.build import public as public_recipe
 from politune.errors import ConfigError, ModelError, PolituneError, TrainingError, safe
 from politune.lean.midway import Midway
-from politune.models import files, load
+from politune.models import files, load, seal
 from politune.presets import flatten, toml_value
 from politune.progress import Phase
 from politune.training import callbacks, checkpoints, divergence, reference, trackers, trainer_factory
@@ -292,6 +292,7 @@ class Session:
             _check_adapter(weights)
             files.rewrite_metadata(weights, self.metadata)
             (staging / "README.md").write_text(record.model_card(self.metadata, "adapter"), encoding="utf-8")
+            seal.seal(staging, {})
         return adapter
 
     def report(self, validation: dict[str, float], heldout: dict[str, float]) -> TrainReport:

@@ -373,7 +373,7 @@ def use_packed_rows(trainer: Any, run: Run, tokens_per_call: int) -> str | None:
 
 
 def rehearse(trainer: Any, most_tokens: float) -> bool:
-    """A forward and a backward pass over the longest rows: as many as share a call, at least one batch of them.
+    """A forward and a backward pass over the longest rows: as many as share a call and may be taken, at least one batch.
 
     What is not freed again is the memory; weights, metrics and the random state are as they were. False where the pass would
     take more than `most_tokens`, and under DeepSpeed, whose backward pass takes the optimizer's step as well.
@@ -384,15 +384,14 @@ def rehearse(trainer: Any, most_tokens: float) -> bool:
     size, most = trainer.args.per_device_train_batch_size, trainer.packed.tokens_per_call if trainer.packed else 0
     batches = [rows[:size]]
     tokens = sum(map(_length, rows[:size]))
+    if tokens > most_tokens:
+        return False
     for start in range(size, min(len(rows), size * trainer.args.gradient_accumulation_steps), size):
         batch = rows[start : start + size]
         tokens += sum(map(_length, batch))
-        if tokens > most:
-            tokens -= sum(map(_length, batch))
+        if tokens > min(most, most_tokens):
             break
         batches.append(batch)
-    if tokens > most_tokens:
-        return False
     kept = copy.deepcopy(trainer._metrics), trainer._total_train_tokens, getattr(trainer, "reference_seconds", 0.0)
     with torch.random.fork_rng():
         collated = [trainer._prepare_inputs(trainer.data_collator(batch)) for batch in batches]

@@ -1,0 +1,29 @@
+"""What a signal does before a command has begun: it ends the process, with one line and the code that a shell would show."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+_USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+def leave_at_once() -> None:
+    """SIGINT and SIGTERM end the process; an exception could be dropped where one comes while a library is imported."""
+    for number, handler in _USUAL.items():
+        if signal.getsignal(number) == handler:  # else somebody has them ignored, as `nohup` does
+            signal.signal(number, _leave)
+
+
+def raise_again() -> None:
+    """A command has begun, which may have something to put in order: what a signal does is Python's usual again."""
+    for number, handler in _USUAL.items():
+        if signal.getsignal(number) == _leave:
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if sys.stderr is not None:
+        os.write(2, b"politune: interrupted\n")
+    os._exit(128 + number)
