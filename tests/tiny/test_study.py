@@ -119,6 +119,13 @@ def test_a_study_runs_what_is_missing_and_compares(
     again = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None)
     assert commands == []
     assert again == report
+    assert again.notes == ()
+    papers = out / "left" / "seed-2" / "run.json"
+    written = json.loads(papers.read_text())
+    papers.write_text(json.dumps({**written, "identity": {**written["identity"], "sha256 of the data": "another"}}))
+    (note,) = studies.study(str(study), out, offline=True, quiet=True, say=lambda line: None).notes
+    assert note.startswith("left/seed-2 differs from left/seed-1 in more than the seed: sha256 of the data: ")
+    papers.write_text(json.dumps(written))
     placebo = out / "shuffled" / "seed-1" / "measurement" / "rows.jsonl"
     whole = placebo.read_text()
     placebo.write_text(whole.replace('"kind"', '"sort"', 1))

@@ -2,12 +2,13 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from politune.errors import PolituneError
+from politune import record
+from politune.errors import PolituneError, safe
 from politune.lean import compare, measure
 from politune.lean.compare import CompareReport, TunedRun
 from politune.lean.rows import Row
@@ -15,6 +16,10 @@ from politune.report import Cell, Facts, Lines, Section, Table
 from politune.study import work
 from politune.study.spec import Study, Task
 from politune.study.work import Failure, State
+from politune.training.identity import OF_THE_MACHINE
+
+OF_A_SEED = {"train.seed", "sha256 of the training tokens", *OF_THE_MACHINE}
+"""Which rows are trained on is drawn with the seed."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
         held_by: who is at work on a run, by its name.
     """
     states = {task.name: work.state_of(task) for task in tasks}
-    notes: list[str] = []
+    notes = [*_unlike([task for task in tasks if states[task.name] != "missing"])]
     comparisons = _compare(study, [task for task in tasks if states[task.name] == "measured"], notes)
     verdicts = {run.run: run.verdict.word for each in comparisons if each.parts for run in each.parts[0].runs}
     runs = tuple(
@@ -105,6 +110,20 @@ def gather(study: Study, tasks: Sequence[Task], held_by: Mapping[str, str], outp
     )  # fmt: skip
     failures = tuple(failure for task in tasks if (failure := work.failure_of(task, output)))
     return StudyReport(study.title, str(output), runs, failures, comparisons, tuple(notes))
+
+
+def _unlike(tasks: Sequence[Task]) -> Iterator[str]:
+    """In what the seeds of an arm differ beside the seed: somebody changed the data, the base or a library in between."""
+    first: dict[str, tuple[Task, Mapping[str, Any]]] = {}
+    for task in tasks:
+        found = (record.read_json(task.directory / "run.json") or {}).get("identity")
+        if not isinstance(found, dict):
+            continue
+        of_arm, before = first.setdefault(task.arm, (task, found))
+        for key in sorted(before.keys() | found.keys()):
+            if key not in OF_A_SEED and before.get(key) != found.get(key):
+                values = f"{safe(before.get(key))} -> {safe(found.get(key))}"
+                yield f"{task.name} differs from {of_arm.name} in more than the seed: {safe(key)}: {values}"
 
 
 def _compare(study: Study, tasks: Sequence[Task], notes: list[str]) -> tuple[CompareReport, ...]:
