@@ -131,14 +131,16 @@ def _cache() -> Finding:
 
 def _hub_cache() -> Finding:
     """Where huggingface_hub keeps what it downloads."""
-    own = "HF_HUB_CACHE" if "HF_HUB_CACHE" in os.environ else "HF_HOME"
+    names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    own = next((name for name in names if name in os.environ), "HF_HOME")
     fix = f"set {own} to a directory that you can write to"
     try:
-        place = _expanded(os.environ[own]) if own == "HF_HUB_CACHE" else _hub_home() / "hub"
+        place = _expanded(os.environ[own]) if own in names else _hub_home() / "hub"
     except RuntimeError:
         return Finding("Hub cache", "wrong", "there is no home directory", fix)
     if why := _refusal(place := place.absolute()):
-        return Finding("Hub cache", "wrong", f"cannot write to {safe(place)}: {why}", fix)
+        state: State = "note" if os.environ.get("HF_HUB_OFFLINE") == "1" else "wrong"  # what is read only needs no more
+        return Finding("Hub cache", state, f"cannot write to {safe(place)}: {why}", fix)
     free = find_free_disk(place)
     room = "" if free is None else f", {free / 1e9:.1f} GB free"
     return Finding("Hub cache", "ok", f"{safe(place)}{room}")

@@ -2,15 +2,20 @@
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-_USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_USUAL: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL,
+}  # fmt: skip
 
 
 def leave_at_once() -> None:
-    """SIGINT and SIGTERM end the process; an exception could be dropped where one comes while a library is imported."""
+    """SIGINT, SIGTERM and SIGUSR1, a queue's announcement of it, end the process.
+
+    An exception could be dropped where one comes while a library is imported.
+    """
     for number, handler in _USUAL.items():
         if signal.getsignal(number) == handler:  # else somebody has them ignored, as `nohup` does
             signal.signal(number, _leave)
@@ -24,6 +29,6 @@ def raise_again() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    if sys.stderr is not None:
+    with suppress(OSError):  # nobody reads
         os.write(2, b"politune: interrupted\n")
-    os._exit(128 + number)
+    os._exit(128 + (signal.SIGTERM if number == signal.SIGUSR1 else number))

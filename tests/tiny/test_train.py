@@ -258,20 +258,77 @@ def test_resumed_equals_uninterrupted(
     assert adapter_hash(out) == adapter_hash(uninterrupted)
 
 
-def test_an_adapter_that_rotted_is_exported_again(
-    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    out = shutil.copytree(uninterrupted, tmp_path / "run")
-    resolved = resolve("dpo", tiny_llama, pairs, out, trl__disable_dropout=False)
-    weights, said = out / "adapter" / "adapter_model.safetensors", list[str]()
+def rot(out: Path) -> None:
+    weights = out / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2] ^= 1
     weights.write_bytes(data)
-    assert train(resolved, said, resume=True).steps_done_now == 0
-    assert "resuming from checkpoint-6" in said
+
+
+def test_an_adapter_that_rotted_is_exported_again(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Its owner's files are kept, and so is what the run said of itself; on a machine with other threads, too."""
+    out, said = shutil.copytree(uninterrupted, tmp_path / "run"), list[str]()
+    resolved, papers = (
+        resolve("dpo", tiny_llama, pairs, out, trl__disable_dropout=False),
+        record.read_json(out / "run.json"),
+    )
+    assert papers is not None
+    assert papers["resumed"] == []
+    rot(out)
+    for name in ("notes.md", "README.md"):
+        (out / "adapter" / name).write_text("its owner's")
+    before, threads = (out / "report.html").read_bytes(), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        report = train(resolved, said, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert (report.steps_done_now, report.minutes) == (0, papers["metrics"]["minutes"])
+    assert "the adapter is exported again: adapter_model.safetensors has changed" in said
     assert adapter_hash(out) == adapter_hash(uninterrupted)
+    assert (out / "adapter" / "README.md").read_text() == "its owner's"
+    assert (out / "adapter-changed-1" / "notes.md").read_text() == "its owner's"
+    assert (record.read_json(out / "run.json"), (out / "report.html").read_bytes()) == (papers, before)
     assert train(resolved, said, resume=True).steps_done_now == 0
     assert said[-1] == "this run is finished: nothing left to train"
+
+
+def test_a_finished_run_is_not_trained_again_over_its_adapter(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Its checkpoints are gone to save space, and somebody changed the adapter: on purpose, or not."""
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    resolved = resolve("dpo", tiny_llama, pairs, out, trl__disable_dropout=False)
+    shutil.rmtree(out / "checkpoints")
+    assert train(resolved, resume=True).steps_done_now == 0
+    rot(out)
+    changed = adapter_hash(out)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors has changed.*no checkpoint.*remove adapter/"):
+        train(resolved, resume=True)
+    assert adapter_hash(out) == changed
+    shutil.rmtree(out / "adapter")
+    assert train(resolved, resume=True).steps_done_now == 6
+    assert adapter_hash(out) == adapter_hash(uninterrupted)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_takes_other_settings(
+    tiny_llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its error advises; one that was killed has lost nothing of its settings."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_factory, "rehearse", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(TrainingError, match="out of memory"):
+            train(resolve("dpo", tiny_llama, pairs, out, train__max_steps=2))
+    papers = record.read_json(out / "run.json") or {}
+    other = resolve("dpo", tiny_llama, pairs, out, train__max_steps=2, train__per_device_train_batch_size=1)
+    record.write_json(out / "run.json", {**papers, "status": "running"})
+    with pytest.raises(ConfigError, match=r"per_device_train_batch_size: 2 -> 1"):
+        train(other, resume=True)
+    record.write_json(out / "run.json", papers)
+    assert train(other, resume=True).steps_done_now == 2
 
 
 @pytest.mark.parametrize(("steps", "is_rehearsed"), [(400, True), (20, False)])

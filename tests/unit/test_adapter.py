@@ -83,6 +83,8 @@ def test_what_is_no_whole_adapter(tmp_path: Path, damage: Callable[[Path], objec
 @pytest.mark.parametrize("name", [LORA, WEIGHTS, seal.SEAL])
 def test_an_adapter_is_as_it_was_exported(tmp_path: Path, name: str) -> None:
     """One bit that still makes sense; what was changed on purpose is read once its seal is gone."""
+    tmp_path = tmp_path / "adapter"
+    tmp_path.mkdir()
     seal.seal(write_adapter(tmp_path), {})
     adapters.read(tmp_path)
     (tmp_path / "README.md").write_text("notes of its owner")
@@ -91,7 +93,10 @@ def test_an_adapter_is_as_it_was_exported(tmp_path: Path, name: str) -> None:
     place = {LORA: data.find(b'"lora_alpha": ') + 14, WEIGHTS: len(data) - 2, seal.SEAL: len(data) // 2}[name]
     data[place] ^= 1
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ModelError, match=rf"is not as it was exported: {name} has changed.*--resume") as caught:
+    with pytest.raises(ModelError, match=rf"is not as it was exported: {name} has changed\. fetch it again"):
+        adapters.read(tmp_path)
+    (tmp_path.parent / "run.json").write_text("{}")
+    with pytest.raises(ModelError, match="its run's command with --resume exports it again") as caught:
         adapters.read(tmp_path)
     assert caught.value.exit_code == 4
     (tmp_path / seal.SEAL).unlink()

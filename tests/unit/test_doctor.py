@@ -23,7 +23,7 @@ CPU = Machine(cores=2, memory_available_bytes=8 * 10**9, disk_free_bytes=10**12,
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "POLITUNE_CACHE", "WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+    for name in ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(plan, "probe", lambda directory: CPU)
@@ -111,6 +111,12 @@ def test_a_cache_that_takes_no_file_is_wrong_for_root_too(
     monkeypatch.setenv(name, "/proc/nowhere")
     assert (found(line).state, found(line).found[:29]) == ("wrong", "cannot write to /proc/nowhere")
     assert found(line).advice.startswith(advice)
+
+
+def test_a_hub_cache_that_is_only_read_is_none_of_doctors_business(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", "/proc/nowhere")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert found("Hub cache").state == "note"
 
 
 def test_a_cache_on_a_disk_that_is_not_mounted_is_wrong(home: Path) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 
 
 @pytest.mark.parametrize("words", [["-m", "politune"], [str(Path(sys.executable).with_name("politune"))]])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_the_command_line_is_imported(words: list[str], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
+def test_a_signal_while_the_command_line_is_imported(words: list[str], name: str, code: int, tmp_path: Path) -> None:
     """In a callback whose exceptions Python drops, as those of its own import locks."""
     how = f"""
 import os, signal
@@ -26,16 +25,15 @@ Dropped()
         [sys.executable, *words, "presets"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 128 + getattr(signal, name)
-    assert (done.stdout, done.stderr) == ("", "politune: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "politune: interrupted\n")
 
 
 @pytest.mark.parametrize(
-    "how", ["KeyboardInterrupt", "ValueError('Error building `model` serializer: KeyboardInterrupt: ')"]
+    "how", ["KeyboardInterrupt", "pydantic_core.SchemaError('Error building `model` serializer: KeyboardInterrupt: ')"]
 )
 def test_ctrl_c_in_a_command(how: str, tmp_path: Path) -> None:
     """The second: as pydantic has it, which catches the exception while it builds a schema."""
-    code = f"from politune import presets\ndef overview(): raise {how}\npresets.overview = overview\n"
+    code = f"import pydantic_core\nfrom politune import presets\ndef overview(): raise {how}\npresets.overview = overview\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "politune", "presets"],

@@ -1,5 +1,6 @@
 """Resolution of settings: overlay, origins, refusals, and the shipped presets themselves."""
 
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_the_paper_recipe() -> None:
         0.01,
         "yahma/alpaca-cleaned",
     )
+
+
+def test_epochs_that_are_typed_end_a_presets_steps(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    shipped = presets.read("demo-left").text
+    path.write_text(re.sub(r"num_train_epochs.*\n", "", shipped).replace("max_steps = -1", "max_steps = 50"))
+    assert presets.resolve(None, str(path)).run.train.max_steps == 50
+    for given in ({"flags": {"train.num_train_epochs": 3.0}}, {"sets": ["train.num_train_epochs=3"]}):
+        run = presets.resolve(None, str(path), **given).run  # type: ignore[arg-type]
+        assert (run.train.max_steps, run.train.num_train_epochs) == (-1, 3)
+    with pytest.raises(ConfigError, match="both say how long the run is"):
+        presets.resolve(None, str(path), {"train.max_steps": 5}, ["train.num_train_epochs=3"])
 
 
 def test_flags_lie_over_the_preset_and_origins_say_so() -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from politune import locks
 from politune.errors import ConfigError, Interrupted, OutputError, PolituneError
+from politune.models import seal
 from politune.study import run as studies
 from politune.study import spec, work
 
@@ -240,6 +241,18 @@ def test_a_signal_reaches_the_run_and_ends_the_study(tmp_path: Path, number: int
     process.send_signal(number)
     out, _ = process.communicate(timeout=20)
     assert out.split() == [Interrupted.__name__, "143"]
+
+
+def test_a_run_whose_adapter_has_changed_is_to_be_exported_again(tmp_path: Path) -> None:
+    _, tasks = claimed(tmp_path)
+    adapter = tasks[0].directory / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "weights").write_text("a")
+    (tasks[0].directory / "run.json").write_text('{"status": "done"}')
+    seal.seal(adapter, {})
+    assert work.state_of(tasks[0]) == "trained"
+    (adapter / "weights").write_text("b")
+    assert work.state_of(tasks[0]) == "missing"
 
 
 def test_a_run_that_was_told_to_end_is_no_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,9 @@ def read(path: Path) -> Adapter:
     for module, shapes in modules.items():
         _check_rank(adapter, module, shapes)
     if flaw := flaw_of_adapter(path, (CONFIG, WEIGHTS)):
-        fix = f"its run's command with --resume exports it again; remove {SEAL} if it was changed on purpose"
+        again = "its run's command with --resume exports it again"
+        again = again if (path.absolute().parent / "run.json").exists() else "fetch it again"
+        fix = f"{again}; remove {SEAL} if it was changed on purpose"
         raise adapter.refusal(f"is not as it was exported: {flaw}", fix)
     return adapter
 

@@ -159,7 +159,12 @@ def resolve(
     assigned = dict(_parse_assignment(text) for text in sets)
     if both := sorted(set(given) & set(assigned)):
         raise ConfigError(f"--{_leaf(both[0])} and --set {both[0]} both set {both[0]}", fix="give one of them")
-    refuse_two_lengths(given | assigned)
+    typed = given | assigned
+    refuse_two_lengths(typed)
+    if typed.get("train.num_train_epochs") is not None and "train.max_steps" not in typed:
+        _overlay(
+            table, origins, {"train.max_steps": -1}, lambda key: "--num_train_epochs"
+        )  # a preset's, which is overridden
     _overlay(table, origins, given, lambda key: f"--{_leaf(key)}")
     _overlay(table, origins, assigned, lambda key: f"--set {key}")
     chosen = _method_of(table, method, loaded)

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 from politune import locks, record
 from politune.errors import Interrupted, OutputError, safe
+from politune.models.seal import flaw_of_adapter
 from politune.study.spec import Measure, Study, Task
 
 PAPERS = "study.json"
@@ -86,7 +87,9 @@ def state_of(task: Task) -> State:
     if (task.measurement / "report.json").exists():
         return "measured"
     papers = record.read_json(task.directory / "run.json") or {}
-    return "trained" if papers.get("status") == "done" and (task.directory / "adapter").is_dir() else "missing"
+    adapter = task.directory / "adapter"
+    is_there = papers.get("status") == "done" and adapter.is_dir() and flaw_of_adapter(adapter) is None
+    return "trained" if is_there else "missing"
 
 
 @contextlib.contextmanager

@@ -33,15 +33,20 @@ class Papers:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has ended and its adapter is there as it was exported; else it is exported again."""
+        """Whether the run has ended; what became of its adapter since, `flaw` says."""
+        return self.document.get("status") == "done"
+
+    @property
+    def flaw(self) -> str | None:
+        """Why the run's adapter is not the one that it exported."""
         adapter = self.path.parent / "adapter"
-        return self.document.get("status") == "done" and adapter.is_dir() and flaw_of_adapter(adapter) is None
+        return flaw_of_adapter(adapter) if adapter.is_dir() else "it is not there"
 
     def begin(self, **facts: Any) -> None:
         """The run starts, or goes on: from here on its end is recorded whatever it is."""
         run = self.resolved.run
         former = {"started": record.now(), "resumed": []} if not self.document else self.document
-        resumed = [*former.get("resumed", []), record.now()] if self.document else []
+        resumed = [*former.get("resumed", []), *([record.now()] if self.document and not self.begun else [])]
         self.document = {
             "schema_version": record.SCHEMA_VERSION,
             "status": "running",

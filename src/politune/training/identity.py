@@ -53,13 +53,17 @@ def _versions() -> dict[str, str]:
     return {"python": ".".join(found["python"].split(".")[:2]), "politune": found["politune"], **found["libraries"]}
 
 
-def check_checkpoint(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def check_checkpoint(checkpoint: Path, identity: Mapping[str, Any], *, is_last: bool) -> None:
     """Refuses a checkpoint of a run that was not the same.
+
+    Args:
+        is_last: no step is left, so that the machine is no matter.
 
     Raises:
         ConfigError: names what has changed, each with its old and new value.
     """
-    _refuse(checkpoints.identity_of(checkpoint), identity)
+    before = checkpoints.identity_of(checkpoint)
+    _refuse(*map(_of_the_run, (before, identity)) if is_last else (before, identity))
 
 
 def check_papers(document: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -76,7 +80,11 @@ def check_papers(document: Mapping[str, Any], identity: Mapping[str, Any]) -> No
     before = document.get("identity")
     if not isinstance(before, dict):
         raise OutputError("run.json is damaged or of another version of politune", fix="choose another --output_dir")
-    _refuse(*({k: v for k, v in each.items() if k not in OF_THE_MACHINE} for each in (before, identity)))
+    _refuse(*map(_of_the_run, (before, identity)))
+
+
+def _of_the_run(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key not in OF_THE_MACHINE}
 
 
 def _refuse(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

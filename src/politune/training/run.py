@@ -14,12 +14,13 @@ from politune.config import Run
 from politune.data import sources
 from politune.data.format import Table
 from politune.data.made import turned_of
-from politune.errors import OutputError, safe
+from politune.errors import ModelError, OutputError, safe
 from politune.models import load
 from politune.models.quiet import quiet_libraries
+from politune.models.seal import SEAL
 from politune.presets import Resolved
 from politune.training import checkpoints
-from politune.training.directory import claimed
+from politune.training.directory import Papers, claimed
 from politune.training.failures import translated
 from politune.training.identity import CALL_TOKENS, check_checkpoint, check_papers, identity_of
 from politune.training.outcome import TrainReport, from_document
@@ -88,10 +89,12 @@ def _train(
     run = resolved.run
     with claimed(directory, resolved, resume, stop.resume_words) as papers:
         prepared = prepare(run, table, offline, say)
-        if resume and papers.is_done:
+        is_done = resume and papers.is_done
+        if is_done:
             check_papers(papers.document, identity_of(run, prepared, None))
-            say("this run is finished: nothing left to train")
-            return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
+            if papers.flaw is None:
+                say("this run is finished: nothing left to train")
+                return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
         checkpoint = _newest_checkpoint(directory, say) if resume else None
         former = checkpoints.identity_of(checkpoint) if checkpoint else {}
         estimate = _estimate(run, prepared, directory, former.get(CALL_TOKENS))
@@ -100,18 +103,24 @@ def _train(
             show(estimate)
             _require_disk(estimate, directory)
         identity, metadata = identity_of(run, prepared, estimate.tokens_per_call), _metadata(run, prepared)
+        steps = estimate.steps.steps if estimate.steps else None
+        is_over = checkpoint is not None and checkpoints.step_of(checkpoint) == steps
         if checkpoint:
-            check_checkpoint(checkpoint, identity)
-        elif "identity" in papers.document:
+            check_checkpoint(checkpoint, identity, is_last=is_over)
+        # One that failed before its first checkpoint asks for other settings.
+        elif "identity" in papers.document and papers.document.get("status") != "failed":
             check_papers(papers.document, identity)
-        papers.begin(
-            identity=identity,
-            direction=metadata["politune.direction"],
-            base=prepared.base_facts(),
-            data=prepared.data_facts(),
-            plan=asdict(estimate),
-            disclosure=metadata,
-        )
+        if is_done and not is_over:
+            _require_no_adapter(papers, directory)
+        if not (is_done and is_over):
+            papers.begin(
+                identity=identity,
+                direction=metadata["politune.direction"],
+                base=prepared.base_facts(),
+                data=prepared.data_facts(),
+                plan=asdict(estimate),
+                disclosure=metadata,
+            )
         if is_main_process():
             say(f"whatever ends this run, it goes on with: {stop.resume_words}")
         with _offline_from_here(), quiet_libraries(), translated(run.train, estimate, directory):
@@ -119,7 +128,11 @@ def _train(
             from politune.training.session import Session
 
             with Session(run, prepared, directory, identity, metadata, stop, say, quiet) as session:
-                session.train(checkpoint, estimate.steps.steps if estimate.steps else None)
+                session.train(checkpoint, steps)
+                if is_done and is_over:
+                    say(f"the adapter is exported again: {papers.flaw}")
+                    session.export_again()
+                    return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
                 validation = session.evaluate(prepared.validation, "validation")
                 heldout = session.evaluate(prepared.heldout, "heldout")
                 session.export()
@@ -169,6 +182,20 @@ def _directory(run: Run) -> Path:
         raise OutputError(
             f"there is no home directory for {safe(run.train.output_dir)}", where="--output_dir"
         ) from error
+
+
+def _require_no_adapter(papers: Papers, directory: Path) -> None:
+    """Refuses to train a finished run again over an adapter that somebody may have changed on purpose.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if (directory / "adapter").is_dir():
+        raise ModelError(
+            f"the adapter in {safe(directory)} is not as it was exported: {papers.flaw}",
+            why="there is no checkpoint of the last step to export it from again",
+            fix=f"remove adapter/ to train it again, or {SEAL} in it if it was changed on purpose",
+        )
 
 
 def _newest_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | None:

@@ -1,5 +1,6 @@
 """The heavy part of a run: model, trainer, callbacks, evaluation, export."""
 
+import itertools
 import os
 import resource
 import shutil
@@ -25,6 +26,8 @@ from politune.training.prepare import Prepared, hash_tokens
 from politune.training.processes import is_main_process, world_size
 from politune.training.signals import StopRequest
 
+CHANGED = "adapter-changed-"
+"""How the names of adapters begin that have been exported again, each with its number."""
 REHEARSAL_SHARE = 0.01
 """Of a run's tokens, at most so many are computed once more beforehand, to see whether the longest rows fit."""
 _SHARDED = ("DistributedType.FSDP", "DistributedType.DEEPSPEED")
@@ -294,6 +297,21 @@ class Session:
             (staging / "README.md").write_text(record.model_card(self.metadata, "adapter"), encoding="utf-8")
             seal.seal(staging, {})
         return adapter
+
+    def export_again(self) -> None:
+        """As `export`, for a finished run whose adapter has changed: that one is kept beside, and its card in the new one."""
+        adapter = self.directory / "adapter"
+        if not is_main_process():
+            return
+        card = None
+        if adapter.is_dir():
+            taken = {path.name for path in self.directory.iterdir()}
+            name = next(each for number in itertools.count(1) if (each := f"{CHANGED}{number}") not in taken)
+            card = adapter.rename(self.directory / name) / seal.CARD
+            self.say(f"what was there is in {name}/")
+        self.export()
+        if card and card.is_file():
+            shutil.copyfile(card, adapter / seal.CARD)
 
     def report(self, validation: dict[str, float], heldout: dict[str, float]) -> TrainReport:
         """Sums the run up, and remembers its speed for later plans."""

@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM and SIGUSR1 as a request: finish the step, save, leave. A second one leaves at once.
 
-A second Ctrl-C waits for no call into a library either: Python's handlers do, so a thread watches for it.
+A second Ctrl-C waits for no call into a library that lets go of Python's lock, as torch's do: Python's handlers wait, so a thread
+watches for it.
 
 SIGUSR1 is what a queue sends some time before SIGTERM (`sbatch --signal=USR1@120`); a time of one's own (`--stop-after`) asks
 the same way. What follows either is no second request: it was announced.
@@ -8,6 +9,7 @@ the same way. What follows either is no second request: it was announced.
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -90,7 +92,8 @@ class _SecondPress:
             presses += os.read(self.end, 64).count(signal.SIGINT)
         if presses > 1 and not self.over.wait(MOST_SECONDS_AFTER_TWO):
             with contextlib.suppress(OSError):
-                os.write(2, self.words.encode())
+                if select.select([], [2], [], 0)[1]:  # not a full pipe, whose reader may have stopped
+                    os.write(2, self.words.encode())
             os._exit(128 + signal.SIGINT)
 
     def close(self) -> None:
