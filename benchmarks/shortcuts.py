@@ -6,7 +6,8 @@ Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands
 texts have of their own what is planted, the feature is right in fewer of them: both are shown for commas. The
 set without one is, in turns, such sentences and the shipped stances with their sides shuffled. Intervals are those of the
 forensics of whole sets, four times as many: on shuffled ones the truth is 50 %, on planted ones the mean accuracy over all sets,
-which is what is to be expected of a set of this size. Arms are random halves of one set. Writes benchmarks/SHORTCUTS.md.
+which is what is to be expected of a set of this size; of a number that of the side with more of it. Arms are random halves of one
+set. Writes benchmarks/SHORTCUTS.md.
 """
 
 import json
@@ -28,7 +29,7 @@ from politune.config import DataSpec
 from politune.data import sources
 from politune.data.format import to_preference_rows
 from politune.inspection import inspect
-from politune.inspection.features import FUNCTION_WORDS
+from politune.inspection.features import FEATURES, FUNCTION_WORDS
 from politune.inspection.shortcuts import Pair, examine
 
 PAGE = Path(__file__).with_name("SHORTCUTS.md")
@@ -136,11 +137,16 @@ def names_one(case: tuple[str | None, int]) -> bool:
 
 
 def estimates(case: tuple[str | None, int]) -> dict[str, tuple[float, float, float, float]]:
-    """By feature: its accuracy, its interval, and the share of rows that it decides."""
-    return {
-        each.feature: (each.estimate.accuracy, each.estimate.low, each.estimate.high, each.decided)
-        for each in examine(planted(*case)).shortcuts
-    }
+    """By feature: its accuracy, its interval, and the share of rows that it decides; of a number for the side that has more, so
+    that the truth does not depend on the look that chose the direction."""
+    mores = {feature.name: feature.more for feature in FEATURES}
+    found = {}
+    for each in examine(planted(*case)).shortcuts:
+        accuracy, low, high = each.estimate.accuracy, each.estimate.low, each.estimate.high
+        if not each.is_fitted and each.chosen != mores[each.feature]:
+            accuracy, low, high = 1 - accuracy, 1 - high, 1 - low
+        found[each.feature] = accuracy, low, high, each.decided
+    return found
 
 
 def coverage(of_sets: list[dict[str, tuple[float, float, float, float]]], true: float | None) -> dict[str, str]:
@@ -216,8 +222,9 @@ def main() -> None:
             print(lines[-1], end="", flush=True)
         lines.append(f"\n| two arms of {ROWS // 2} rows | called matched |\n|---|---|\n")
         for arm in PLANTED_IN_ARMS:
-            matched = sum(pool.map(are_matched, [(arm, seed) for seed in range(sets)]))
-            lines.append(f"| {arm} | {matched} of {sets} |\n")
+            some = sets if arm.startswith("nothing") else math.ceil(sets / 5)
+            matched = sum(pool.map(are_matched, [(arm, seed) for seed in range(some)]))
+            lines.append(f"| {arm} | {matched} of {some} |\n")
             print(lines[-1], end="", flush=True)
     lines.append("\nThe interval by itself, of drawn values whose rows of one prompt lean the same way:\n")
     lines.append("\n| rows | prompts | true accuracy | ties | intervals that hold it |\n|---|---|---|---|---|\n")

@@ -321,6 +321,8 @@ class Recipe(_Spec):
     """What the sources' shares are of: rows, text counted in `unit`, or tokens of `tokenizer`."""
     tokenizer: Annotated[str, because("an empty name is no model", min_length=1)] | None = None
     """The model whose tokenizer counts `mix = "tokens"`: `demo`, a local directory, or a Hub id."""
+    tokenizer_revision: str | None = None
+    """Commit, tag or branch of the tokenizer on the Hub."""
     columns: Annotated[tuple[ColumnName, ...], Field(strict=False)] = ()
     """Further columns that are written (those that a rule looks at, `axis`, `generator` and `synthetic` are anyway)."""
     source: Annotated[tuple[SourceSpec, ...], Field(strict=False)]
@@ -346,6 +348,8 @@ class Recipe(_Spec):
             raise ValueError(
                 'mix = "tokens" and tokenizer = "MODEL" need each other; mix = "text" counts in unit, without a tokenizer'
             )
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError("tokenizer_revision is of a tokenizer, which is not named")
         return self
 
     @property

@@ -557,6 +557,41 @@ def test_fetches_one_commit_without_pickles(hub: StandIn) -> None:
     load.load_tokenizer(model)
 
 
+def test_a_tokenizer_comes_without_weights(hub: StandIn) -> None:
+    """At the revision that is named, and from the cache; also of a repository whose weights could not be loaded."""
+    for name in ("model.safetensors", "config.json", "chat_template.jinja"):
+        hub.files.pop(name)
+    hub.files["pytorch_model.bin"] = b"pickle"
+    named = ModelSpec(model_name_or_path="owner/name", revision="v1")
+    base = load.resolve_tokenizer(named, say=lambda line: None)
+    assert (base.commit, base.public_name) == (COMMIT, "owner/name")
+    assert any("/revision/v1" in path for path in hub.requests)
+    assert not any(path.endswith((".bin", ".safetensors")) for path in hub.requests)
+    assert load.counting_tokenizer(base)("so")["input_ids"]
+    hub.requests.clear()
+    assert load.resolve_tokenizer(named, offline=True, say=lambda line: None) == base
+    assert hub.requests == []
+    with pytest.raises(HubError, match="not cached"):
+        load.resolve_tokenizer(spec("other/name"), offline=True, say=lambda line: None)
+    del hub.files["tokenizer.json"]
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load.resolve_tokenizer(spec("owner/two"), say=lambda line: None)
+
+
+def test_a_directory_may_hold_a_tokenizer_alone(copy: Path) -> None:
+    for path in copy.iterdir():
+        if not path.name.startswith("tokenizer"):
+            path.unlink()
+    base = load.resolve_tokenizer(spec(str(copy)), say=lambda line: None)
+    assert load.counting_tokenizer(base)("so")["input_ids"]
+    edit(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
+    (copy / "own.py").write_text("raise SystemExit('code of the directory was run')")
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load.counting_tokenizer(base)
+    with pytest.raises(ModelError, match="does not exist"):
+        load.resolve_tokenizer(spec(str(copy / "none")), say=lambda line: None)
+
+
 def test_offline_uses_the_cache_and_asks_nobody(hub: StandIn) -> None:
     with pytest.raises(HubError, match="not cached and politune is offline"):
         from_hub(offline=True)

@@ -1,6 +1,7 @@
 """A run whose data a recipe makes: what its papers say of it, and that another recipe does not resume it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_a_mixture_by_tokens(tiny_llama: Path, tmp_path: Path) -> None:
     assert built.sources[1].written < by_words.sources[1].written / 2
     assert f"local:{tiny_llama.name}, sha256 " in built.tokenizer
     assert str(tiny_llama.parent) not in out.with_name("out.jsonl.manifest.json").read_text()
+    alone = tmp_path / tiny_llama.name
+    alone.mkdir()
+    for path in tiny_llama.glob("tokenizer*"):
+        shutil.copy(path, alone)
+    again = build.build(
+        Recipe.model_validate({**table, "tokenizer": str(alone)}), tmp_path / "again.jsonl", offline=True
+    )
+    assert (again.sha256, again.tokenizer) == (built.sha256, built.tokenizer)
+    with pytest.raises(ConfigError, match=r"tokenizer_revision: .* has no revisions"):
+        build.build(Recipe.model_validate({**table, "tokenizer_revision": "main"}), None, offline=True)
 
 
 def test_the_recipe_and_its_file_train_the_same(tiny_llama: Path, tmp_path: Path) -> None:

@@ -293,17 +293,41 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_columns_go_through(tmp_path: Path, suffix: str) -> None:
-    """Of two sources with other columns: a text or a mark that a row lacks is empty, a number null, whatever is written."""
-    one = [pair(0, axis="social", score=1, note="kept", other="gone"), pair(1, score=2.5, note=None, other="gone")]
-    two = [pair(2), pair(3, generator="Somebody", synthetic=True, note=[1, "a"])]
+    """Of two sources with other columns: what a row that is written lacks is an empty text, and the column one of texts."""
+    one = [
+        pair(
+            0,
+            axis="social",
+            score=1,
+            note="kept",
+            other="gone",
+            share=1,
+            count=2**60 + 1,
+            sure=True,
+            large=2**60 + 1,
+            seen=True,
+        ),
+        pair(1, score=2.5, note=None, other="gone", share=0.5, count=1, sure=False, large=0.5),
+    ]
+    two = [
+        pair(2, share=2, count=2, sure=True, large=1, seen=None),
+        pair(3, generator="Somebody", synthetic=True, note=[1, "a"], share=3, count=3, sure=True, large=1, seen=False),
+        pair(4, 3, 3, generator="Nobody"),  # which a rule takes out
+    ]
     sources = [
         {"name": str(write(tmp_path / f"{n}.jsonl", rows)), "generator": f"G{n}"} for n, rows in enumerate((one, two))
     ]
     out = tmp_path / f"out{suffix}"
-    built = build.build(recipe(*sources, columns=["score", "note"]), out, processes=1)
+    names = ["score", "note", "share", "count", "sure", "large", "seen"]
+    built = build.build(recipe(*sources, columns=names, filter={"chosen": [4, 9]}), out, processes=1)
     assert built.columns == {
-        "score": "number",
+        "score": "text",
         "note": "text",
+        "share": "number",
+        "count": "integer",
+        "sure": "boolean",
+        "large": "text",
+        "seen": "text",
         "axis": "text",
         "generator": "text",
         "synthetic": "boolean",
@@ -314,14 +338,63 @@ def test_columns_go_through(tmp_path: Path, suffix: str) -> None:
         kept = parquet.read_table(out).to_pylist()
     else:
         kept = read(out)
-    assert [{name: row[name] for name in built.columns} for row in kept] == [
-        {"score": 1.0, "note": "kept", "axis": "social", "generator": "G0", "synthetic": False},
-        {"score": 2.5, "note": "", "axis": "", "generator": "G0", "synthetic": False},
-        {"score": None, "note": "", "axis": "", "generator": "G1", "synthetic": False},
-        {"score": None, "note": '[1, "a"]', "axis": "", "generator": "Somebody", "synthetic": True},
-    ]
+    for name, values in {
+        "score": ["1", "2.5", "", ""],
+        "note": ["kept", "", "", '[1, "a"]'],
+        "share": [1.0, 0.5, 2.0, 3.0],
+        "count": [2**60 + 1, 1, 2, 3],
+        "sure": [True, False, True, True],
+        "large": [str(2**60 + 1), "0.5", "1", "1"],
+        "seen": ["true", "", "", "false"],
+        "axis": ["social", "", "", ""],
+        "generator": ["G0", "G0", "G1", "Somebody"],
+        "synthetic": [False, False, False, True],
+    }.items():
+        assert [(type(row[name]), row[name]) for row in kept] == [(type(value), value) for value in values], name
     assert all(list(row)[6:] == list(built.columns) for row in kept)
-    assert "`score`, `note`, `axis`" in out.with_name(out.name + ".md").read_text()
+    assert "`seen`, `axis`" in out.with_name(out.name + ".md").read_text()
+
+
+def test_an_answer_that_changes_places_fits_its_column(tmp_path: Path) -> None:
+    """Whole numbers of the chosen answers and others of the rejected ones: drawn sides mix them, and no value is lost."""
+    rows = [annotated(n, ("l", "r"), strength_chosen=n, strength_rejected=n + 0.5) for n in range(8)]
+    source = {"name": str(write(tmp_path / "rows.jsonl", rows)), "direction": "shuffled"}
+    for suffix in (".jsonl", ".parquet"):
+        built = build.build(recipe(source, columns=["strength_chosen"]), tmp_path / f"out{suffix}", processes=1)
+        assert built.columns["strength_chosen"] == "number"
+    kept = read(tmp_path / "out.jsonl")
+    assert sum(row["strength_chosen"] % 1 == 0.5 for row in kept) == 4
+    assert all((row["strength_chosen"] % 1 == 0.5) == row["chosen"].startswith("r") for row in kept)
+
+
+def test_who_wrote_a_row_is_a_text(tmp_path: Path) -> None:
+    rows = [pair(0, generator=7, axis=1), pair(1, axis=2), pair(2, generator="", axis=3)]
+    _, kept = make(tmp_path / "out.jsonl", {"name": str(write(tmp_path / "rows.jsonl", rows)), "generator": "G"})
+    assert [(row["generator"], row["axis"]) for row in kept] == [("7", "1"), ("G", "2"), ("G", "3")]
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    from decimal import Decimal
+
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [pair(n, score=Decimal(n) / 2, key=Decimal(2**60 + 1)) for n in range(4)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    rule = {"field": "score", "min": 0.5, "max": 1}
+    _, kept = make(tmp_path / "out.jsonl", tmp_path / "rows.parquet", columns=["key"], filter={"keep": [rule]})
+    assert [(row["score"], row["key"]) for row in kept] == [(0.5, 2**60 + 1), (1.0, 2**60 + 1)]
+
+
+@pytest.mark.parametrize("field", ["blob", "id"])
+def test_bytes_are_refused_by_name(tmp_path: Path, field: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [pair(0, **{field: None}), pair(1, **{field: b"x"})]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=rf"rows.parquet row 2: .*column '{field}' holds binary values"):
+        make(tmp_path / "out.jsonl", tmp_path / "rows.parquet", filter={"drop": [{"field": field, "pattern": "x"}]})
 
 
 def test_what_is_said_of_an_answer_goes_with_it(tmp_path: Path) -> None:
@@ -371,6 +444,11 @@ def test_what_a_model_wrote_stays_marked(tmp_path: Path) -> None:
     assert "not named" in shown
     _, kept = make(tmp_path / "again.jsonl", tmp_path / "out.jsonl")
     assert [row["synthetic"] for row in kept] == [True] * 4 + [False] * 2
+    marks = [True, "true", "True", "YES", "1", 1, 1.0, False, "no", 0, "", None, "maybe"]
+    marked = write(tmp_path / "marked.jsonl", [pair(n, synthetic=mark) for n, mark in enumerate(marks)])
+    built, kept = make(tmp_path / "again.jsonl", marked)
+    assert [row["synthetic"] for row in kept] == [True] * 7 + [False] * 6
+    assert built.sources[0].synthetic == 7
 
 
 # --- directions ------------------------------------------------------------------------------------------------------
@@ -491,6 +569,20 @@ def test_twins_match_on_the_same(tmp_path: Path, many: Path) -> None:
         make(tmp_path / "out.jsonl", many, match={"twin": "stances"})
     built, _ = make(tmp_path / "out.jsonl", many, match={"twin": str(many), "on": ["length"]})
     assert built.rows == 400
+
+
+def test_a_twin_need_not_have_the_columns_that_are_written(tmp_path: Path) -> None:
+    """It is counted alone; a rule on a column that it lacks matches none of its rows."""
+    own = write(tmp_path / "own.jsonl", [pair(n, note=f"n{n % 2}") for n in range(8)])
+    twin = write(tmp_path / "twin.jsonl", [pair(n) for n in range(10, 15)])
+    match = {"twin": str(twin)}
+    drop = [{"field": "note", "pattern": "n1"}]
+    built, kept = make(tmp_path / "out.jsonl", own, match=match, columns=["note"], filter={"drop": drop})
+    assert (built.rows, {row["note"] for row in kept}) == (4, {"n0"})
+    source = {"name": str(own), "share": 1}
+    assert make(tmp_path / "out.jsonl", source, match=match, mix="text")[0].rows == 5
+    with pytest.raises(ConfigError, match="has a column 'nite'"):
+        make(tmp_path / "out.jsonl", own, match=match, columns=["nite"])
 
 
 @given(st.text(st.sampled_from("ab \t\n\r\v\f\x1c\x1f\x85\u00a0\u2003é")))
@@ -1004,13 +1096,17 @@ def test_datasets_read_a_column_that_comes_late(tmp_path: Path) -> None:
     import datasets
 
     plain = write(tmp_path / "plain.jsonl", [pair(n) for n in range(50)])
-    late = write(tmp_path / "late.jsonl", [pair(n, axis="social", synthetic=True) for n in range(50, 100)])
-    make(tmp_path / "out.jsonl", plain, late)
+    more = {"axis": "social", "synthetic": True, "late": 1}
+    late = write(tmp_path / "late.jsonl", [pair(n, **more, score=n + n % 2 / 2) for n in range(50, 100)])
+    write(plain, [{**row, "score": n} for n, row in enumerate(read(plain))])
+    make(tmp_path / "out.jsonl", plain, late, columns=["late", "score"])
     data = datasets.load_dataset(
         "json", data_files=str(tmp_path / "out.jsonl"), split="train", cache_dir=str(tmp_path / "cache"), chunksize=1000
     )
     assert data["axis"] == [""] * 50 + ["social"] * 50
     assert data["synthetic"] == [False] * 50 + [True] * 50
+    assert data["late"] == [""] * 50 + ["1"] * 50
+    assert data["score"] == [float(n) for n in range(50)] + [n + n % 2 / 2 for n in range(50, 100)]
 
 
 def test_the_card_says_what_it_is(many: Path, tmp_path: Path) -> None:
@@ -1083,6 +1179,11 @@ def test_a_built_file_hands_its_direction_on(many: Path, tmp_path: Path) -> None
     scanned = scan.scan(sources.stream(spec), "dpo", None, 0, sample_rows=1, processes=1)
     shown = audit.audit(scanned, spec, tokenizer=None, base=None, against=[])
     assert (shown.generator, shown.direction) == ("A-7B", "left")
+    papers = left.with_name("left.jsonl.manifest.json")
+    for foreign in ("le\x1b[31mft<script>", ["left"], None):
+        papers.write_text(json.dumps({**json.loads(papers.read_text()), "direction": foreign}))
+        built, _ = make(tmp_path / "dose.jsonl", left, dose={"rows": 50})
+        assert (built.direction, "script" in (tmp_path / "dose.jsonl.md").read_text()) == ("undeclared", False)
     write(left, read(left)[1:])  # not what was built any more
     assert sources.load(DataSpec(dataset_name=str(left))).direction is None
     built, _ = make(tmp_path / "dose.jsonl", {"name": str(left), "direction": "right"})
@@ -1105,6 +1206,36 @@ def test_rows_name_who_wrote_them(tmp_path: Path) -> None:
     assert make(tmp_path / "out.jsonl", file)[0].sources[0].generator == "A-7B + B"
     named = {"name": str(file), "generator": "C"}
     assert make(tmp_path / "out.jsonl", named)[0].sources[0].generator == "C"
+
+
+def test_a_rare_generator_has_its_licence_note(tmp_path: Path) -> None:
+    """One row of 21, after six names of more rows, beside the recipe's own name, and in what is made of the file; not once the
+    row is left out."""
+    rows = [pair(n, generator=f"G{n % 5}") for n in range(20)] + [
+        pair(20, generator="Llama-3-70B"),
+        pair(21, 3, generator="X"),
+    ]
+    file, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    keep = {"chosen": [4, 9]}
+    for source, shown in (
+        ({"name": str(file)}, "G0 + G1 + G2 + G3 + G4 + Llama-3-70B"),
+        ({"name": str(file), "generator": "C"}, "C + Llama-3-70B"),
+    ):
+        built, _ = make(out, source, filter=keep)
+        assert built.sources[0].generator == shown
+        assert len(built.notes) == 1 and "1.b.v" in built.notes[0]
+        assert (sources.load(DataSpec(dataset_name=str(out), direction="left")).generator or "").endswith("Llama-3-70B")
+    scanned = scan.scan(
+        sources.stream(spec := DataSpec(dataset_name=str(file))), "dpo", None, 0, sample_rows=1, processes=1
+    )
+    shown = audit.audit(scanned, spec, tokenizer=None, base="Mistral-7B", against=[])
+    assert "1.b.v" in str(shown.generator_note)
+    drop = [{"field": "generator", "pattern": "Llama"}]
+    built, _ = make(out, file, filter={**keep, "drop": drop})
+    assert (built.sources[0].generator, built.notes) == ("G0 + G1 + G2 + G3 + G4", ())
+    synthetic = write(tmp_path / "synthetic.jsonl", [pair(n, generator="A-7B", synthetic=True) for n in range(3)])
+    built, _ = make(out, {"name": str(synthetic), "generator": "C"})
+    assert "the terms of C + A-7B may limit" in built.notes[1]
 
 
 def test_a_run_is_made_again_where_the_manifest_says_something_else(

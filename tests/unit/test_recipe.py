@@ -63,6 +63,7 @@ def refusal(tmp_path: Path, text: str) -> str:
         ("columns = ['chosen']\n" + SOURCE, ["mine.toml:1", "chosen is no further column"]),
         ("mix = 'tokens'\n" + SOURCE + "share = 1\n", ["need each other", "without a tokenizer"]),
         ("tokenizer = 'demo'\n" + SOURCE, ["need each other"]),
+        ("tokenizer_revision = 'main'\n" + SOURCE, ["which is not named"]),
         (SOURCE + "[balance]\nchosen_longer = -0.1\n", ["mine.toml:4", "share of the rows"]),
         (SOURCE + "[match]\ntwin = ''\n", ["mine.toml:4", "an empty name is no recipe"]),
         (SOURCE + "[match]\ntwin = 'b.toml'\non = ['topics']\n", ["mine.toml:5", "must be 'topic', 'length' or 'difference'"]),
@@ -210,8 +211,8 @@ def columns_of(signs: list[int], topics: list[int], sources: list[int] | None = 
         bands=np.empty((size, 0), np.uint32),
         tokens=np.empty((size, 0), np.uint32),
         columns=(),
-        kinds={},
-        sha256=("",) * number, generators=(Counter(),) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
+        carried=(), kinds=np.empty((size, 0), np.uint8), generators=np.zeros(size, np.int32), generator_names=("",),
+        sha256=("",) * number, others=(0,) * number, sizes=((),) * number, bytes=((),) * number,
     )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_weights_balance_all_features_at_once() -> None:
 
 def test_words_that_only_say_which_is_longer_tell_nothing_once_it_is_balanced() -> None:
     forensics = planted(lambda text: f"{text} and then some more of it", 0.8, count=800, seed=1)
-    assert forensics.words.low > 0.7
+    assert forensics.words.low > 0.65
     assert forensics.balanced is not None
     assert forensics.balanced.low < 0.5 < forensics.balanced.high
     assert f"with {len(forensics.balanced_on)} shortcuts balanced" in forensics.words_line

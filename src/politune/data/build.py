@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -97,6 +98,7 @@ def build(
             refuse_source(output, [path for each in streams for stream in each for path, _ in stream.files])
             draft = stack.enter_context(drafted(output, replaces))
         own = _measured(recipe, streams[0], processes, offline, say)
+        _require_columns(own)
         other = _measured(twin, streams[1], processes, offline, say) if twin else None
         sides = [(each.recipe, each.columns, partial(_alike, each, processes)) for each in (own, other) if each]
         chosen = select.choose(*sides)
@@ -122,7 +124,8 @@ def _twin(recipe: Recipe) -> Recipe | None:
         except ValidationError as error:
             what = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise ConfigError(safe(what), where="match.twin", fix="give it a recipe's file of its own") from None
-        return recipe.model_copy(update={"source": (source,), "match": None})
+        counted = {"source": (source,), "match": None, "columns": (), "mix": "rows", "tokenizer": None}
+        return recipe.model_copy(update=counted | {"tokenizer_revision": None})
     twin, name = presets.read_recipe(recipe.match.twin), safe(recipe.match.twin)
     if twin.unit != recipe.unit:
         raise ConfigError(f"the twin {name} counts lengths in {twin.unit}", where="unit", fix="say the same in both")
@@ -205,7 +208,6 @@ def _measured(
         except PolituneError as error:
             raise _of_source(error) from None
     reading.phase(reading.rows, reading.rows)
-    _require_columns(recipe, readers, columns)
     for source, reader, found in zip(recipe.source, readers, columns.sha256, strict=True):
         if source.sha256 not in (None, found):
             raise DataError(
@@ -224,8 +226,13 @@ def _tokenizer(recipe: Recipe, folder: Path, offline: bool, say: Callable[[str],
     from politune.data.format import rust_backend
     from politune.models import load
 
-    base = load.resolve(ModelSpec(model_name_or_path=recipe.tokenizer), offline=offline, say=say)
-    backend = rust_backend(load.load_tokenizer(base))
+    spec = ModelSpec(model_name_or_path=recipe.tokenizer, revision=recipe.tokenizer_revision)
+    try:
+        base = load.resolve_tokenizer(spec, offline=offline, say=say)
+    except PolituneError as error:
+        error.where = "tokenizer_revision" if error.where == "model.revision" else error.where
+        raise
+    backend = rust_backend(load.counting_tokenizer(base))
     if backend is None:
         raise ModelError(
             f"the tokenizer of {safe(base.name)} is none of the library tokenizers",
@@ -240,8 +247,9 @@ def _tokenizer(recipe: Recipe, folder: Path, offline: bool, say: Callable[[str],
     ), f"{base.public_name}{commit}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _require_columns(recipe: Recipe, readers: Sequence[Reader], columns: Columns) -> None:
-    """Raises ConfigError for a column that a recipe names and no row of any source has."""
+def _require_columns(own: Side) -> None:
+    """Raises ConfigError for a column that a recipe names and no row of any source has; its twin's may lack it."""
+    recipe, readers, columns = own.recipe, own.readers, own.columns
     named = [
         (f"filter.{list_}.field", rule.field) for list_ in ("drop", "keep") for rule in getattr(recipe.filter, list_)
     ]
@@ -299,11 +307,22 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
     turned = np.bincount(columns.sources[chosen.rows[chosen.turned]], minlength=len(recipe.source))
     synthetic = chosen.rows[columns.marks[chosen.rows] & IS_SYNTHETIC > 0]
     marked = np.bincount(columns.sources[synthetic], minlength=len(recipe.source))
+    numbers = range(len(recipe.source))
+    named = [columns.generators_of(chosen.rows[columns.sources[chosen.rows] == number]) for number in numbers]
     topics = np.bincount(columns.topics[chosen.rows], minlength=len(columns.names))
     by_topic = sorted(zip(columns.names, map(int, topics), strict=True), key=lambda pair: (-pair[1], pair[0]))
     before = np.zeros(len(chosen.before), bool)
     facts = tuple(
-        _facts(source, stream, columns, number, int(counts[number]), int(turned[number]), int(marked[number]))
+        _facts(
+            source,
+            stream,
+            columns,
+            number,
+            named[number],
+            int(counts[number]),
+            int(turned[number]),
+            int(marked[number]),
+        )
         for number, (source, stream) in enumerate(zip(recipe.source, own.streams, strict=True))
     )
     document = public(recipe)
@@ -324,21 +343,22 @@ def _described(own: Side, other: Side | None, chosen: select.Chosen) -> Built:
         turned=int(chosen.turned.sum()),
         topics={name: count for name, count in by_topic if count},
         shape="messages" if is_conversation else "text",
-        columns=dict(columns.kinds),
+        columns=dict(columns.kinds_of(chosen.rows)),
         tokenizer=own.tokenizer,
-        notes=_notes(facts),
+        notes=_notes(facts, named),
     )
 
 
-def _notes(facts: Sequence[SourceFacts]) -> tuple[str, ...]:
-    """What a reader has to know of who or what wrote the rows that are written."""
+def _notes(facts: Sequence[SourceFacts], named: Sequence[Counter[str]]) -> tuple[str, ...]:
+    """What a reader has to know of who or what wrote the rows that are written, by the recipe's account and their own."""
     found = []
-    for each in facts:
+    for each, names in zip(facts, named, strict=True):
         if each.synthetic:
             found.append(
                 f"{each.synthetic:,} of {each.written:,} rows of {each.name} are synthetic: a language model wrote them"
             )
-        note = licence_note(each.generator) if each.synthetic and each.generator else generator_note(each.generator, "")
+        generators = " + ".join(dict.fromkeys(filter(None, (each.generator, named_generators(names)))))
+        note = licence_note(generators) if each.synthetic and generators else generator_note(generators, "")
         found += [note] if note and each.written else []
     return tuple(dict.fromkeys(found))
 
@@ -358,8 +378,9 @@ def _direction(own: Side, written: Sequence[int]) -> str:
 
 
 def _facts(
-    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, written: int, turned: int, synthetic: int
-) -> SourceFacts:
+    source: SourceSpec, stream: sources.Stream, columns: Columns, number: int, generators: Counter[str],
+    written: int, turned: int, synthetic: int,
+) -> SourceFacts:  # fmt: skip
     return SourceFacts(
         name=stream.name,
         revision=stream.revision,
@@ -367,7 +388,7 @@ def _facts(
         sha256=columns.sha256[number],
         rows=sum(columns.sizes[number]),
         other_splits=columns.others[number],
-        generator=source.generator or stream.generator or named_generators(columns.generators[number].elements()),
+        generator=named_generators(generators, source.generator or stream.generator),
         licence=source.licence or sources.said_of_sources(stream.manifest, "licence"),
         share=source.share,
         direction=source.direction,
@@ -379,7 +400,11 @@ def _facts(
 
 def _facts_of_twin(other: Side) -> tuple[SourceFacts, ...]:
     pairs = enumerate(zip(other.recipe.source, other.streams, strict=True))
-    return tuple(_facts(source, stream, other.columns, number, 0, 0, 0) for number, (source, stream) in pairs)
+    columns = other.columns
+    return tuple(
+        _facts(source, stream, columns, number, columns.generators_of(columns.sources == number), 0, 0, 0)
+        for number, (source, stream) in pairs
+    )
 
 
 def _lengths(columns: Columns, rows: "NDArray[Any]", turned: "NDArray[Any]") -> Lengths:
@@ -405,7 +430,7 @@ def _write_rows(
 ) -> None:  # fmt: skip
     suffix = suffix_of(output)
     phase, done = Phase("writing", "rows", say), 0
-    kinds = own.columns.kinds
+    kinds = own.columns.kinds_of(chosen.rows)
     with writer(draft, suffix, shape, kinds) as write:
         for number, (reader, stream) in enumerate(zip(own.readers, own.streams, strict=True)):
             generator = own.recipe.source[number].generator or stream.generator or ""

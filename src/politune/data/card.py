@@ -76,7 +76,7 @@ def _columns(built: Built) -> str:
 
 
 def _tuned(built: Built) -> str:
-    return DIRECTION_WORDS.get(built.direction, built.direction)
+    return DIRECTION_WORDS.get(built.direction, plain(built.direction))
 
 
 def _source_line(each: SourceFacts) -> str:

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from politune.config import OWN_COLUMNS, Recipe, RuleSpec, SourceSpec
+from politune.config import OWN_COLUMNS, PLACEBOS, Recipe, RuleSpec, SourceSpec
 from politune.data.files import Part, TextPart
 from politune.data.format import STANCE, Message, Table, read_pairs
 from politune.data.languages import languages_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PAIR = ["prompt", "chosen", "rejected"]
 OTHER_TOPIC = "other"
-TOPIC_CHARACTERS = 100
+TOPIC_CHARACTERS, GENERATOR_CHARACTERS = 100, 500
 PATIENCE_SECONDS = 30.0
 """For the regular expressions over one part of a file: seconds where some milliseconds are usual."""
 MOST_TOPICS = 100_000
@@ -50,6 +51,9 @@ SIDE = re.compile(r"(?<![^\W_])(chosen|rejected)(?![^\W_])")
 """In the name of a column that speaks of one answer: `stance_chosen`, `rejected-rating`."""
 
 Kind: TypeAlias = Literal["text", "integer", "number", "boolean"]
+MISSING, TEXT, INTEGER, LARGE, NUMBER, BOOLEAN = 1, 2, 4, 8, 16, 32
+"""Marks of a value in a further column; a large one is an integer that no floating-point number equals."""
+FIXED_KINDS: Mapping[str, Kind] = {"axis": "text", "generator": "text", "synthetic": "boolean"}
 Texts: TypeAlias = tuple[tuple[Message, ...], str, str]
 
 
@@ -151,8 +155,8 @@ class Measured:
         bands: what near-duplicates are found by (`neighbours.sketch`), uint32 [rows, n]; n is 0 where none are looked for.
         tokens: of prompt and answers together, uint32 [rows, 1]; [rows, 0] where none are counted.
         columns: that any row has.
-        kinds: of the values of those that are carried.
-        generators: that the rows name, each as often as they do.
+        kinds: marks of the values of those that are carried, uint8 [rows, carried]
+        generators: [rows] numbers into `generator_names`, the empty name of rows that name none.
         of_rows: `hash_row` of every row, one after the other.
         size: of the part's text in bytes; 0 for rows that came parsed.
         taken: of its file, in bytes.
@@ -170,15 +174,21 @@ class Measured:
     bands: "NDArray[Any]"
     tokens: "NDArray[Any]"
     columns: tuple[str, ...]
-    kinds: dict[str, set[Kind]]
-    generators: Counter[str]
+    kinds: "NDArray[Any]"
+    generators: "NDArray[Any]"
+    generator_names: tuple[str, ...]
     of_rows: bytes
     size: int
     taken: int
 
 
 def measure(reader: Reader, part: Part) -> Measured:
-    """The figures of a part. Raises as `Reader.table` and `Reader.texts`; ConfigError for a pattern that comes to no end."""
+    """The figures of a part.
+
+    Raises:
+        DataError: as of `Reader.table` and `Reader.texts`, or a column that is carried or looked at holds bytes.
+        ConfigError: a pattern comes to no end.
+    """
     with no_collection():
         return _measured(reader, part)
 
@@ -190,6 +200,7 @@ def _measured(reader: Reader, part: Part) -> Measured:
     texts = reader.texts(table)
     topics, verdicts = _matched(reader, table, texts)
     number: dict[str, int] = {}
+    generators: dict[str, int] = {}
     is_text = isinstance(part, TextPart)
     rows = len(texts)
     marks = np.array([_marks(*pair, is_text) for pair in zip(table.rows, texts, strict=True)], np.uint8)
@@ -209,7 +220,8 @@ def _measured(reader: Reader, part: Part) -> Measured:
         columns=table.columns,
         kinds=_kinds(reader, table),
         bands=sketch([_whole(each) for each in texts]) if reader.sketches else np.empty((rows, 0), np.uint32),
-        generators=Counter(str(row["generator"]) for row in table.rows if row.get("generator")),
+        generators=np.array([generators.setdefault(_generator(row), len(generators)) for row in table.rows], np.int32),
+        generator_names=tuple(generators),
         of_rows=b"".join(map(hash_row, table.rows)),
         size=len(part.body) if isinstance(part, TextPart) else 0,
         taken=part.size_bytes,
@@ -253,7 +265,11 @@ def _marks(row: dict[str, object], texts: Texts, is_text: bool) -> int:
 
 def is_synthetic(row: Mapping[str, object]) -> bool:
     """Whether a row's own column says that a model wrote it."""
-    return str(row.get("synthetic")).strip().lower() == "true"
+    return str(row.get("synthetic")).strip().lower() in ("true", "yes", "1", "1.0")
+
+
+def _generator(row: Mapping[str, object]) -> str:
+    return str(carried_value(row.get("generator"), "text"))[:GENERATOR_CHARACTERS]
 
 
 def _tokens(reader: Reader, texts: Sequence[Texts]) -> "NDArray[Any]":
@@ -293,42 +309,83 @@ def asked_of(recipe: Recipe) -> frozenset[str]:
     return frozenset(found | {SIDE.sub(side, field) for field in found for side in (*STANCE[1:], "chosen", "rejected")})
 
 
-def _kinds(reader: Reader, table: Table) -> dict[str, set[Kind]]:
-    own = {field: reader.column_of(field, table.columns) for field in reader.carried}
-    return {
-        field: {_kind(value) for row in table.rows if (value := row.get(column)) is not None}
-        for field, column in own.items()
-        if column in table.columns
-    }
+def _kinds(reader: Reader, table: Table) -> "NDArray[Any]":
+    """Marks of the values that are carried; of both answers' where a placebo may have them change places."""
+    import numpy as np
+
+    kinds = np.full((len(table.rows), len(reader.carried)), MISSING, np.uint8)
+    is_placebo = reader.direction in PLACEBOS
+    for number, field in enumerate(reader.carried):
+        sides = {reader.column_of(field, table.columns, turned) for turned in (False, is_placebo)}
+        found = [_marks_of(table, column) for column in sides]
+        kinds[:, number] = np.bitwise_or.reduce(found)
+    for field in sorted({rule.field for rule, _ in reader.rules} - {*reader.carried, *ROW_FIELDS}):
+        _marks_of(table, field)
+    return kinds
 
 
-def _kind(value: object) -> Kind:
+def _marks_of(table: Table, column: str) -> "NDArray[Any]":
+    import numpy as np
+
+    if column not in table.columns:
+        return np.full(len(table.rows), MISSING, np.uint8)
+    marks = [_mark(row.get(column)) for row in table.rows]
+    if None in marks:
+        raise DataError(
+            f"the column {safe(column, 60)!r} holds binary values, which are no text and no number",
+            where=table.place(marks.index(None)),
+            fix="leave it out of the recipe",
+        )
+    return np.array(marks, np.uint8)
+
+
+def _mark(value: object) -> int | None:
+    """What a value is; None of bytes."""
+    if _is_missing(value):
+        return MISSING
     if isinstance(value, bool):
-        return "boolean"
+        return BOOLEAN
+    if isinstance(value, Decimal) and value == value.to_integral_value():
+        value = int(value)
     if isinstance(value, int):
-        return "integer" if -(2**63) <= value < 2**63 else "text"
-    return "number" if isinstance(value, float) else "text"
+        if not -(2**63) <= value < 2**63:
+            return TEXT
+        return INTEGER if value == float(value) else LARGE
+    if isinstance(value, bytes):
+        return None
+    return NUMBER if isinstance(value, float | Decimal) else TEXT
 
 
-def joined_kind(found: Collection[Kind]) -> Kind:
-    """What all values of a column can be written as."""
-    if len(found) == 1:
-        return min(found)
-    return "number" if found and set(found) <= {"integer", "number"} else "text"
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float | Decimal) and not math.isfinite(value))
 
 
-def carried_value(value: object, kind: Kind) -> str | float | bool | None:
-    """A value as it is written. What is missing is an empty text, false, or no number.
+def joined_kind(marks: int) -> Kind:
+    """What values with these marks can all be written as.
 
-    A text or a mark is never null: readers of JSON take the type of a column from its first megabytes.
+    With a gap that is text: readers of JSON take the type of a column from its first megabytes, and refuse another after nulls.
+    """
+    if marks in (INTEGER, LARGE, INTEGER | LARGE):
+        return "integer"
+    if marks in (NUMBER, NUMBER | INTEGER):
+        return "number"
+    return "boolean" if marks == BOOLEAN else "text"
+
+
+def carried_value(value: object, kind: Kind) -> str | float | bool:
+    """A value as it is written in a column of that kind (`joined_kind`). What is missing is an empty text.
+
+    A number is always written as a floating-point one, for readers of JSON who refuse 1.5 after 1.
     """
     match kind:
         case "boolean":
             return bool(value)
-        case "integer" | "number":
-            return value if isinstance(value, int | float) and math.isfinite(value) else None
+        case "integer":
+            return int(value)  # type: ignore[call-overload,no-any-return]
+        case "number":
+            return float(value)  # type: ignore[arg-type]
         case "text":
-            return "" if value is None else sound(_text(value))
+            return "" if _is_missing(value) else sound(_text(value))
 
 
 def _text(value: object) -> str:
@@ -339,7 +396,7 @@ def _text(value: object) -> str:
 
 def _number(value: object) -> float | None:
     """A number, also one that is written as a text; none of whatever else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
         return float(value)
@@ -456,8 +513,9 @@ class Columns:
         names: of the topics.
         sha256: per source, over its rows, as of `sources.hash_rows`.
         columns: of any row.
-        kinds: of the further columns that are written, in their order.
-        generators: per source, what its rows name, as often as they do.
+        carried: the further columns that are written where rows have them.
+        kinds: marks of their values, uint8 [rows, carried]
+        generators: of each row, numbers into `generator_names`; 0 where it names none.
         others: per source, its rows of other splits.
         sizes: per source, how many rows its parts have.
         bytes: per source, how much text its parts have.
@@ -473,9 +531,11 @@ class Columns:
     bands: "NDArray[Any]"
     tokens: "NDArray[Any]"
     columns: tuple[str, ...]
-    kinds: Mapping[str, Kind]
+    carried: tuple[str, ...]
+    kinds: "NDArray[Any]"
+    generators: "NDArray[Any]"
+    generator_names: tuple[str, ...]
     sha256: tuple[str, ...]
-    generators: tuple[Counter[str], ...]
     others: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     bytes: tuple[tuple[int, ...], ...]
@@ -483,6 +543,22 @@ class Columns:
     @property
     def rows(self) -> int:
         return len(self.sources)
+
+    def kinds_of(self, rows: "NDArray[Any]") -> dict[str, Kind]:
+        """The further columns that any row has, and as what their values in these rows are written."""
+        import numpy as np
+
+        of_all, of_these = (np.bitwise_or.reduce(each, axis=0).tolist() for each in (self.kinds, self.kinds[rows]))
+        found = zip(self.carried, of_all, of_these, strict=True)
+        return {field: FIXED_KINDS.get(field) or joined_kind(these) for field, all_, these in found if all_ != MISSING}
+
+    def generators_of(self, rows: "NDArray[Any]") -> Counter[str]:
+        """What these rows name as who wrote them, as often as they do."""
+        import numpy as np
+
+        counts = np.bincount(self.generators[rows], minlength=len(self.generator_names)).tolist()
+        found = zip(self.generator_names, counts, strict=True)
+        return Counter({name: count for name, count in found if name and count})
 
 
 def read_columns(
@@ -502,26 +578,23 @@ def read_columns(
     """
     import numpy as np
 
-    names: dict[str, int] = {}
-    pieces: dict[str, list[NDArray[Any]]] = {
-        key: [] for key in ("hashes", "lengths", "topics", "verdicts", "marks", "bands", "tokens")
-    }
+    names: dict[str, dict[str, int]] = {"topics": {}, "generators": {"": 0}}
+    keys = ("hashes", "lengths", "topics", "verdicts", "marks", "bands", "tokens", "kinds", "generators")
+    pieces: dict[str, list[NDArray[Any]]] = {key: [] for key in keys}
     found, columns = [], dict[str, None]()
-    kinds: dict[str, set[Kind]] = {field: set() for field in readers[0].carried}
     for reader, stream in zip(readers, streams, strict=True):
         digest, others, sizes, lengths, has_splits = hashlib.sha256(), 0, [], [], False
-        generators = Counter[str]()
         for part in in_order(partial(measure, reader), stream.parts(), processes):
-            numbers = np.array([_numbered(names, name) for name in part.names], np.int32)
-            topics = numbers[part.topics] if part.rows else part.topics
-            for key, piece in pieces.items():
-                piece.append(topics if key == "topics" else getattr(part, key))
+            for key, of_part in (("topics", part.names), ("generators", part.generator_names)):
+                numbers = np.array([_numbered(names[key], key, name) for name in of_part], np.int32)
+                own = getattr(part, key)
+                pieces[key].append(numbers[own] if part.rows else own)
+            for key in keys:
+                if key not in names:
+                    pieces[key].append(getattr(part, key))
             columns |= dict.fromkeys(part.columns)
-            for field, of_part in part.kinds.items():
-                kinds[field] |= of_part
             digest.update(part.of_rows)
             others += part.others
-            generators += part.generators
             has_splits |= part.heeds_split
             sizes.append(part.rows)
             lengths.append(part.size)
@@ -531,21 +604,21 @@ def read_columns(
         if not sum(sizes):
             what = f"has no rows of the split {safe(reader.membership.split)!r}" if others else "holds no rows"
             raise DataError(what, where=safe(reader.label, None))
-        found.append((digest.hexdigest(), generators, others, tuple(sizes), tuple(lengths)))
+        found.append((digest.hexdigest(), others, tuple(sizes), tuple(lengths)))
     counts = [sum(sizes) for *_, sizes, _ in found]
     joined = {key: np.concatenate(pieces.pop(key)) for key in list(pieces)}
-    sha256, generators_of, others_of, sizes_of, bytes_of = zip(*found, strict=True)
+    sha256, others_of, sizes_of, bytes_of = zip(*found, strict=True)
     sources = np.repeat(np.arange(len(found), dtype=np.int16), counts)
-    carried = {field: joined_kind(each) for field, each in kinds.items() if each}
     return Columns(
-        sources=sources, names=tuple(names), sha256=sha256, generators=generators_of, others=others_of, sizes=sizes_of,
-        bytes=bytes_of, columns=tuple(columns), kinds=carried, **joined,
+        sources=sources, names=tuple(names["topics"]), generator_names=tuple(names["generators"]), sha256=sha256,
+        others=others_of, sizes=sizes_of, bytes=bytes_of, columns=tuple(columns), carried=readers[0].carried, **joined,
     )  # fmt: skip
 
 
-def _numbered(names: dict[str, int], name: str) -> int:
+def _numbered(names: dict[str, int], key: str, name: str) -> int:
     if len(names) > MOST_TOPICS and name not in names:
-        raise DataError(f"the column topic has more than {MOST_TOPICS:,} values", fix="name topics by [topics]")
+        fix = "name topics by [topics]" if key == "topics" else None
+        raise DataError(f"the column {key.removesuffix('s')} has more than {MOST_TOPICS:,} values", fix=fix)
     return names.setdefault(name, len(names))
 
 

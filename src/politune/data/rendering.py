@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from politune.data import select, sources
-from politune.data.columns import IS_SPLICEABLE, Columns, Kind, Reader, carried_value, changed, sound, starts
+from politune.data.columns import (
+    IS_SPLICEABLE,
+    Columns,
+    Kind,
+    Reader,
+    carried_value,
+    changed,
+    is_synthetic,
+    sound,
+    starts,
+)
 from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.places import identities
@@ -170,8 +180,13 @@ def _tail(topic: str, source: str, more: Mapping[str, Any]) -> bytes:
 
 
 def _carried(rendering: Rendering, field: str, value: object) -> Any:
-    is_named = field != "generator" or value not in (None, "")
-    return carried_value(value if is_named else rendering.generator, rendering.kinds[field])
+    if field == "synthetic":
+        return is_synthetic({field: value})
+    try:
+        found = carried_value(value, rendering.kinds[field])
+    except (TypeError, ValueError, OverflowError):  # it was of the column's kind when it was read first
+        raise changed(rendering.reader) from None
+    return found or sound(rendering.generator) if field == "generator" else found
 
 
 def _made(rendering: Rendering, picked: Picked, missing: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from politune.data.format import TEXT_COLUMNS, Table, split_of
 from politune.data.parts import ROWS_OF_A_PART, Read, RowsPart
 from politune.errors import ConfigError, DataError, PolituneError, safe
 from politune.hashes import sha256_once
-from politune.record import read_json
+from politune.record import DIRECTION_WORDS, LIMITED_LLAMA, read_json
 
 REFUSED = (
     ".7z", ".arrow", ".bin", ".bz2", ".db", ".feather", ".gz", ".h5", ".md", ".ndjson", ".npy", ".npz", ".orc", ".pickle",
@@ -123,9 +123,9 @@ class Stream:
 
     @property
     def direction(self) -> str | None:
-        """That a built file declares; None where it declares none."""
+        """That a built file declares; None where it declares none, or one that nobody knows."""
         found = self.manifest.get("direction") if self.manifest else None
-        return str(found) if found not in (None, "undeclared") else None
+        return found if isinstance(found, str) and found in DIRECTION_WORDS and found != "undeclared" else None
 
     @property
     def path(self) -> Path | None:
@@ -363,7 +363,8 @@ def _members(source: Stream, read: Read) -> Table:
             raise source.nothing_of(map(split_of, everything), read.columns)
     elif source.path and source.membership.split != "train":
         raise source.without_splits()
-    generator = source.generator or named_generators(str(row["generator"]) for row in read.rows if row.get("generator"))
+    names = Counter(str(row["generator"]) for row in read.rows if row.get("generator"))
+    generator = named_generators(names, source.generator)
     return Table(
         read.columns,
         read.rows,
@@ -378,10 +379,16 @@ def _members(source: Stream, read: Read) -> Table:
     )
 
 
-def named_generators(names: Iterable[str]) -> str | None:
-    """Who or what wrote the rows by their own account: the most frequent names; None where no row says it."""
-    counts = Counter(names)
-    return " + ".join(safe(name, 60) for name, _ in counts.most_common(MOST_GENERATORS)) or None
+def named_generators(counts: Counter[str], said: str | None = None) -> str | None:
+    """Who or what wrote the rows: as is said of them, else the names that they give most often; None where neither is known.
+
+    A name whose licence limits what its output is used for stands in it however rare it is, and whatever else is said.
+    """
+    found = [said] if said else [safe(name, 60) for name, _ in counts.most_common(MOST_GENERATORS)]
+    limited = next((name for name, _ in counts.most_common() if LIMITED_LLAMA.search(name)), None)
+    if limited and not any(map(LIMITED_LLAMA.search, found)):
+        found.append(safe(limited, 500))
+    return " + ".join(found) or None
 
 
 def hash_rows(rows: Sequence[dict[str, object]]) -> str:

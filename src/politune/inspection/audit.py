@@ -92,7 +92,7 @@ def _measure(
         f"one longer than max_length {spec.max_length}": too_long[:1],
     }
     against = [*([(OTHER_SPLITS, facts.others_share)] if facts.others else []), *against]
-    generator = scan.source.generator or named_generators(facts.generators.elements())
+    generator = named_generators(facts.generators, scan.source.generator)
     return DataAudit(
         name=scan.source.name,
         method=method,

@@ -5,13 +5,14 @@ what guessing gives. A feature that is a number points to the side that has more
 often); those that are fitted (opening and closing words, function words, all words, pairs of words) learn on other rows than
 they are judged by: ten folds, which keep together what `group_rows` does, rows of one prompt or with one answer.
 
-Intervals are those of `chance.estimate` over such groups. The test against 0.5 divides the sum over groups
-by the root of its sum of squares, which under exchangeable sides is a sum of random signs; p-values are Holm's over all features.
+Intervals are those of `chance.estimate` over such groups. The test against 0.5 divides the sum over groups by the root of its sum
+of squares, which under exchangeable sides is a sum of random signs; p-values are Holm's over all features.
 
 What learns is tested by other points than it is judged by: each fold's by what the folds before it taught (progressive
 validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
-others' labels, and their sum is more often large than a sum of random signs is; those in turn are martingale differences. The
-interval, which is around the cross-validated accuracy, is widened by a jackknife over folds, as `chance.estimate` says.
+others' labels, and their sum is more often large than a sum of random signs is; those in turn are martingale differences, which
+count the more, the more folds taught. The interval, which is around the cross-validated accuracy, is widened by a jackknife over
+folds, as `chance.estimate` says.
 """
 
 import math
@@ -42,11 +43,11 @@ LEVEL = 0.05
 """Of the family of features: in at most so many sets without a shortcut one is named."""
 FEWEST_DOCUMENTS = 3
 """Texts that a word has to stand in, and rows in which it has to differ, to count among the words."""
-WIDENED = (2.0281 / 1.9600) ** 4
-"""For a jackknife of ten folds, whose 9 degrees of freedom are 36 for the geometric mean that it is part of: Student's quantile
-by the normal one, of the interval's width, which is its fourth root."""
 STRENGTH = 0.3
 """C of the logistic regression over words: the inverse of its L2 penalty."""
+ALONE = 1.75
+"""What the jackknife of a regression is multiplied by, which adds up what each fold changes alone: so much makes its intervals
+hold the truth often enough in benchmarks/SHORTCUTS.md, and rather too often."""
 FEWEST_EFFECTIVE_ROWS = 50
 """Rows that a balanced set must be worth, for anything to be said of it."""
 BALANCED_WITHIN = 0.005
@@ -257,8 +258,8 @@ def _shortcut(
 class Told:
     """Where a feature that learns points, [rows]: to the chosen side (+1), the other (-1) or neither (0).
 
-    `points` are by what all other folds teach, `in_turn` by what the folds before teach; `jackknifed` is the variance of the
-    accuracy by leaving out one fold, both as rows that teach and as rows that are judged, times `WIDENED`.
+    `points` are by what all other folds teach, `in_turn` by what the folds before teach, times their number; `jackknifed` is the
+    variance of the accuracy by leaving out one fold, both as rows that teach and as rows that are judged.
     """
 
     points: "NDArray[Any]"
@@ -320,7 +321,7 @@ def _told(
     for fold in range(FOLDS):
         held_out[rows[fold]] = points(fold, learn(every - {fold}))
         if fold:
-            in_turn[rows[fold]] = points(fold, learn(frozenset(range(fold))))
+            in_turn[rows[fold]] = fold * points(fold, learn(frozenset(range(fold))))
     sums = np.zeros(FOLDS)
     for one, other in combinations(range(FOLDS), 2):
         taught = without_two(one, other) if without_two else learn(every - {one, other})
@@ -328,7 +329,7 @@ def _told(
         sums[other] += weights[rows[one]] @ points(one, taught)
     accuracies = sums / (1 - held) / 2 + 0.5
     jackknifed = (FOLDS - 1) / FOLDS * float(((accuracies - accuracies.mean()) ** 2).sum())
-    return Told(held_out, in_turn, jackknifed * WIDENED)
+    return Told(held_out, in_turn, jackknifed)
 
 
 def _columns(differences: Any, wanted: Sequence[bool]) -> Any:
@@ -421,14 +422,15 @@ def _by_one_word(differences: Any, folds: "NDArray[Any]") -> Learner:
 
 def _told_by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | None" = None) -> Told:
     """By a logistic regression without intercept. For the jackknife, what a fold adds to its weights is taken to be the same with
-    and without another one: that saves 45 regressions."""
+    and without another one: that saves 45 regressions. `ALONE` makes up for it."""
     learn = cache(_by_words(differences, folds, weights))
     every = frozenset(range(FOLDS))
 
     def without_two(one: int, other: int) -> "NDArray[Any]":
         return learn(every - {one}) + learn(every - {other}) - learn(every)
 
-    return _told(differences, learn, folds, weights, without_two)
+    told = _told(differences, learn, folds, weights, without_two)
+    return replace(told, jackknifed=ALONE * told.jackknifed)
 
 
 def _by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | None") -> Learner:

@@ -42,6 +42,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # First what is small and says whether the rest is of use; sub-folders hold other formats of the same weights.
 PAPERS = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SUBFOLDERS = "*/*"
 MAX_JSON_BYTES = 64 * 2**20  # an index names every tensor: a few MB for the largest models
 
@@ -107,14 +108,18 @@ def check(spec: ModelSpec) -> None:
         ConfigError: a revision of something that has none.
         MachineError: 4 bits are asked for without bitsandbytes.
     """
+    _check_name(spec)
+    if spec.use_4bit:
+        _require_bitsandbytes()
+    if is_local(name := spec.model_name_or_path):
+        _check_checkpoint(_local_path(name), name)
+
+
+def _check_name(spec: ModelSpec) -> None:
     name = spec.model_name_or_path
     if spec.revision and (name == DEMO_MODEL or is_local(name)):
         raise ConfigError(f"{safe(name)} has no revisions", where="model.revision", fix="leave --revision out")
-    if spec.use_4bit:
-        _require_bitsandbytes()
-    if is_local(name):
-        _check_checkpoint(_local_path(name), name)
-    elif name != DEMO_MODEL and not HUB_ID.fullmatch(name):
+    if name != DEMO_MODEL and not is_local(name) and not HUB_ID.fullmatch(name):
         raise ModelError(
             f"{safe(name)} is neither a directory here nor a Hub id", fix="give a directory, owner/name, or `demo`"
         )
@@ -167,20 +172,30 @@ def resolve(spec: ModelSpec, *, offline: bool = False, say: Say) -> ResolvedMode
     return _resolved(name, path, path.name)
 
 
+def resolve_tokenizer(spec: ModelSpec, *, offline: bool = False, say: Say) -> ResolvedModel:
+    """As `resolve`, for a tokenizer alone: from the Hub come no weights, and a directory needs none. Raises as `resolve`."""
+    _check_name(spec)
+    name = spec.model_name_or_path
+    if name == DEMO_MODEL:
+        return resolve(spec, offline=offline, say=say)
+    if is_local(name):
+        path, commit = _local_path(name).resolve(), None
+        _check_directory(path, name)
+    else:
+        path = _from_hub(name, spec.revision, offline, say, weights=())
+        commit = path.name
+    if not any((path / file).exists() for file in TOKENIZERS):
+        raise ModelError(f"{safe(name)} has no tokenizer", fix=f"it needs {' or '.join(TOKENIZERS)}")
+    return ResolvedModel(name, path, commit, _json_object(path / "config.json") or {}, _license(path))
+
+
 def load_tokenizer(base: ResolvedModel) -> Any:
     """The tokenizer of a base model. Without a pad token of its own it pads with its end token, as TRL does.
 
     Raises:
         ModelError: there is no tokenizer, it is damaged, it has no end token, or its chat template cannot be used.
     """
-    hub_code.refuse()
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        raise ModelError(f"cannot load the tokenizer of {safe(base.name)}", why=_first_line(error)) from error
+    tokenizer = counting_tokenizer(base)
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer of {safe(base.name)} has no end token", why="a model trained with it would never stop"
@@ -190,6 +205,22 @@ def load_tokenizer(base: ResolvedModel) -> Any:
     tokenizer.name_or_path = base.public_name
     template.check(tokenizer, base.name)
     return tokenizer
+
+
+def counting_tokenizer(base: ResolvedModel) -> Any:
+    """A tokenizer as it is, without what training needs: an end token, padding, a chat template.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    hub_code.refuse()
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        raise ModelError(f"cannot load the tokenizer of {safe(base.name)}", why=_first_line(error)) from error
 
 
 def load_model(base: ResolvedModel, *, bf16: bool = False, use_4bit: bool = False, device: str | None = None) -> Any:
@@ -375,13 +406,17 @@ def _resolved(name: str, path: Path, commit: str | None) -> ResolvedModel:
 
 def _check_checkpoint(path: Path, name: str) -> dict[str, Any]:
     """The config of a directory that holds a whole safetensors checkpoint of a causal language model."""
-    if not (_exists(path) and path.is_dir()):
-        complaint = "is a file, not a directory" if _exists(path) else "does not exist"
-        raise ModelError(f"{safe(name)} {complaint}", fix="give the directory that config.json is in")
+    _check_directory(path, name)
     config = _check_config(path, name)
     for shard in weight_files(path):
         read_header(shard)
     return config
+
+
+def _check_directory(path: Path, name: str) -> None:
+    if not (_exists(path) and path.is_dir()):
+        complaint = "is a file, not a directory" if _exists(path) else "does not exist"
+        raise ModelError(f"{safe(name)} {complaint}", fix="give the directory that config.json is in")
 
 
 def _check_config(path: Path, name: str) -> dict[str, Any]:
@@ -456,41 +491,44 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _from_hub(name: str, revision: str | None, offline: bool, say: Say) -> Path:
+def _from_hub(name: str, revision: str | None, offline: bool, say: Say, weights: tuple[str, ...] = WEIGHTS) -> Path:
     """The snapshot of one commit: the papers first, so that a model of no use is refused before its weights come."""
     import huggingface_hub
     from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
-        return _cached(name, revision)
+        return _cached(name, revision, weights)
     try:
         with _hub_errors(name, revision):
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
             if not info.sha:
                 raise ValueError("an answer without a commit")
-            _check_listing(name, [entry.rfilename for entry in info.siblings or ()])
+            if weights:
+                _check_listing(name, [entry.rfilename for entry in info.siblings or ()])
             papers = _snapshot(name, revision, PAPERS)  # by branch, so that the cache remembers what the branch meant
-            _check_config(papers, name)
+            if weights:
+                _check_config(papers, name)
             say(f"{safe(name)} at commit {safe(papers.name)}")
-            return _snapshot(name, papers.name, (*PAPERS, *WEIGHTS))
+            return _snapshot(name, papers.name, (*PAPERS, *weights)) if weights else papers
     except HubError as error:
         try:
-            path = _cached(name, revision)
+            path = _cached(name, revision, weights)
         except PolituneError:
             raise error from None
         say(f"the Hub did not answer: using the cached {safe(name)} at commit {safe(path.name)}")
         return path
 
 
-def _cached(name: str, revision: str | None) -> Path:
+def _cached(name: str, revision: str | None, weights: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = _snapshot(name, revision, (*PAPERS, *WEIGHTS), local_files_only=True)
+        path = _snapshot(name, revision, (*PAPERS, *weights), local_files_only=True)
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _not_cached(name) from error
     try:
-        weight_files(path)
+        if weights:
+            weight_files(path)
     except ModelError:
         raise _not_cached(name) from None
     return path
