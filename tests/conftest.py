@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 
+from faults.ctrl_c import heed_ctrl_c
 from politune.models import demo
 
 hypothesis.settings.register_profile("politune", deadline=None)  # a busy machine is no failure
@@ -12,6 +13,7 @@ hypothesis.settings.load_profile("politune")
 
 # Read by the Hugging Face libraries on import: they must stand here, before any test module is collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
+heed_ctrl_c()
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from faults.ctrl_c import heed_ctrl_c
 from faults.figures import Figure
 from faults.lab import Lab
 from politune.plan.machine import find_processor
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("subjects", nargs="*", default=SUBJECTS, help=f"of {', '.join(SUBJECTS)}; without any, all")
     parser.add_argument("--some", action="store_true", help="as few trials as `make test` does")
     arguments = parser.parse_args()
+    heed_ctrl_c()
     started, failed = time.monotonic(), False
     work = Path(tempfile.mkdtemp(prefix="politune-faults-"))
     lab = Lab(work / "lab")

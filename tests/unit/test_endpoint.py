@@ -96,7 +96,7 @@ def test_retry_after_is_respected_by_all_threads(in_seconds: str) -> None:
         ask(server.url, "a", "b", "c", "d", concurrency=2)
     waits = sorted(at - server.at[0] for at in server.at[1:])
     assert len(waits) == 4
-    assert waits[0] < 0.9 <= waits[1]
+    assert waits[1] >= 0.9, "one that was on its way already may have come before"
 
 
 def test_without_retry_after_the_wait_is_short() -> None:
