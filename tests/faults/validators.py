@@ -51,6 +51,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "unit/test_scan.py::test_what_changed_since_is_refused",
         "unit/test_scan.py::test_what_grew_since_is_refused",
         "unit/test_scan.py::test_splits",
+        "unit/test_scan.py::test_what_changes_before_it_is_held_against_other_splits_is_refused",
+        "unit/test_scan.py::test_data_of_which_no_row_can_be_read_are_refused",
         "unit/test_scan.py::test_parts_of_another_shape_are_refused",
     ),
     "fetching.py": ("unit/test_fetching.py",),

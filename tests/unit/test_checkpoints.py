@@ -1,5 +1,6 @@
 """Checkpoints by themselves, without a run: what counts, what is set aside, what goes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,14 @@ def test_what_a_killed_process_left_half_removed_does_not_stay(tmp_path: Path) -
     write(tmp_path, 8)
     checkpoints.rotate(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_what_is_not_the_checkpoint_that_was_saved_is_set_aside(tmp_path: Path) -> None:
+    """One that somebody copied under another name, and one with a file more than were hashed."""
+    shutil.copytree(write(tmp_path, 4), tmp_path / "checkpoint-6")
+    said: list[str] = []
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-4"
+    assert said == ["set aside checkpoint-6: it is step 4 under another name"]
+    (tmp_path / "checkpoint-4" / "scaler.pt").write_bytes(b"nobody's")
+    assert checkpoints.newest(tmp_path, said.append) is None
+    assert said[1:] == ["set aside checkpoint-4: scaler.pt was not saved with it"]

@@ -60,6 +60,8 @@ def refusal(tmp_path: Path, text: str) -> str:
         (SOURCE + "[[filter.drop]]\nfield = 'a'\n", ["mine.toml:3", "takes either a pattern or min and max"]),
         (SOURCE + "[[filter.drop]]\nfield = 'a'\nmin = 1\npattern = 'a'\n", ["takes either a pattern or min and max"]),
         (SOURCE + "[[filter.keep]]\nfield = 'a'\nmin = 2\nmax = 1\n", ["min is the smaller one"]),
+        ("columns = ['']\n" + SOURCE, ["mine.toml:1", "at least 1 character"]),
+        ("mix = 'tokens'\ntokenizer = ''\n" + SOURCE + "share = 1\n", ["mine.toml:2", "at least 1 character"]),
         ("columns = ['chosen']\n" + SOURCE, ["mine.toml:1", "chosen is no further column"]),
         ("mix = 'tokens'\n" + SOURCE + "share = 1\n", ["need each other", "without a tokenizer"]),
         ("tokenizer = 'demo'\n" + SOURCE, ["need each other"]),

@@ -11,6 +11,7 @@ from politune.config import DataSpec
 from politune.data import files, sources
 from politune.data.format import Table, parse_chats, parse_preferences
 from politune.errors import ConfigError, DataError
+from politune.inspection import scan as scanning
 from politune.inspection.scan import COLUMNS, OTHER_SPLITS, Scan, rows_at, scan
 
 
@@ -197,6 +198,29 @@ def test_passages_of_other_splits_are_looked_for(tmp_path: Path, processes: int)
         side: rows_at(measured, [12])[12].completions[number] for number, side in enumerate(("chosen", "rejected"))
     }
     assert answers == {side: rows[12][side] for side in answers}
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_changes_before_it_is_held_against_other_splits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*some_rows(20), {**some_rows(1, seed=2)[0], "split": "heldout"}]
+    path, original = write(tmp_path / "a.jsonl", rows), scanning._hold_against_others
+
+    def changed(*given: Any) -> None:
+        write(path, some_rows(20)[1:])
+        original(*given)
+
+    monkeypatch.setattr(scanning, "_hold_against_others", changed)
+    with pytest.raises(DataError, match="changed while it was read"):
+        scanned(path, processes=1)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_data_of_which_no_row_can_be_read_are_refused(tmp_path: Path) -> None:
+    rows = [{**row, "rejected": None} for row in some_rows(20)]
+    with pytest.raises(DataError, match="rejected is null"):
+        scanned(write(tmp_path / "a.jsonl", rows), processes=1)
 
 
 def broken_in_places(count: int = 150) -> tuple[list[dict[str, Any]], list[int]]:
