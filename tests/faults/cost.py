@@ -34,8 +34,8 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     if not whole:
         return
     what = (
-        f"what survival costs in half an epoch of `demo-left`: under {MOST:.0%} of the training loop's time (`train_runtime`, without "
-        "imports, loading and export), the guards before and after the loop counted in"
+        f"what survival costs in half an epoch of `demo-left`: under {MOST:.0%} of the training loop's time (`train_runtime`, "
+        "without imports, loading and export), the guards before and after the loop counted in"
     )
     if demo.is_ready(demo.checkpoint_directory()):
         share, told = _measure(lab)
