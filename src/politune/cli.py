@@ -135,9 +135,8 @@ def _report_unforeseen(error: Exception) -> int:
         name, again = safe(error.name), "install politune again: pip install politune"
         _complain(f"the library {name} is missing. {again}; `politune doctor` shows the libraries")
         return MachineError.exit_code
-    if type(error).__module__.startswith("pydantic") and "KeyboardInterrupt" in str(
-        error
-    ):  # Ctrl-C while pydantic builds a schema, which says that it cannot be built
+    # Ctrl-C while pydantic builds a schema: it says that the schema cannot be built.
+    if type(error).__module__.startswith("pydantic") and "KeyboardInterrupt" in str(error):
         _complain("interrupted")
         return 128 + signal.SIGINT
     if isinstance(error, MemoryError):

@@ -240,11 +240,11 @@ def _tokenizer(recipe: Recipe, folder: Path, offline: bool, say: Callable[[str],
             fix="name another",
         )
     text = backend.to_str()
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    path = folder / "tokenizer.json"
+    path.write_text(text, encoding="utf-8")
     commit = f" at {base.commit}" if base.commit else ""
-    return str(
-        folder / "tokenizer.json"
-    ), f"{base.public_name}{commit}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return str(path), f"{base.public_name}{commit}, sha256 {digest}"
 
 
 def _require_columns(own: Side) -> None:

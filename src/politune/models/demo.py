@@ -24,7 +24,8 @@ from typing import Any
 
 from politune.cache import user_cache
 from politune.errors import HubError, ModelError, OutputError, safe
-from politune.hashes import sha256_of, sha256_once
+from politune.hashes import sha256_of
+from politune.models import seal
 from politune.models.files import STAGING_PREFIX, require_space, staged, writing_to
 from politune.record import DEMO_ORIGIN
 
@@ -123,12 +124,8 @@ def verify(target: Path) -> None:
         ModelError: one has changed since.
     """
     marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
-    for name, said in marker["files"].items():
-        if sha256_once(target / name) != said["sha256"]:
-            raise ModelError(
-                f"the demo model's {safe(name)} has changed since it was made",
-                fix=f"remove {safe(target)}: it is made again",
-            )
+    if flaw := seal.changed(target, marker, marker["files"]):
+        raise ModelError(f"the demo model: {flaw} since it was made", fix=f"remove {safe(target)}: it is made again")
 
 
 def _build(target: Path, say: Say, progress: Progress, offline: bool) -> None:
@@ -280,8 +277,8 @@ def _write_papers(staging: Path) -> None:
         f"{ORIGIN}, dequantised to bfloat16 from {GGUF} (sha256 `{GGUF_SHA256}`) of {REQUIREMENT}.\n"
     )
     (staging / "README.md").write_text(card, encoding="utf-8")
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(staging.iterdir())}
-    marker = {"origin": ORIGIN, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256, "files": files}
+    origin = {"origin": ORIGIN, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256}
+    marker = {**origin, "files": seal.fingerprints(staging)}
     (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 

@@ -20,12 +20,15 @@ def seal(directory: Path, said: Mapping[str, Any]) -> None:
     Args:
         said: what else stands in the seal.
     """
-    paths = contents(directory)
-    for path in paths:
+    for path in contents(directory):
         sync(path)
-    hashes = {str(path.relative_to(directory)): _fingerprint(path) for path in paths}
-    document = {**said, "files": hashes}
+    document = {**said, "files": fingerprints(directory)}
     write_json(directory / SEAL, {**document, "sha256": sha256_of_json(document)})
+
+
+def fingerprints(directory: Path) -> dict[str, dict[str, Any]]:
+    """The hash and the size of each file, by its name in the directory."""
+    return {str(path.relative_to(directory)): _fingerprint(path) for path in contents(directory)}
 
 
 def read(directory: Path) -> dict[str, Any] | None:
@@ -49,6 +52,8 @@ def changed(directory: Path, sealed: Mapping[str, Any], names: Collection[str]) 
 
 def flaw_of_adapter(directory: Path, names: Collection[str] | None = None) -> str | None:
     """What has changed in an adapter, or in these files of it, since a run exported it; None also where it has no seal."""
+    if not directory.is_dir():
+        return "it is not there"
     if not (directory / SEAL).exists():
         return None
     sealed = read(directory)

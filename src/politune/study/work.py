@@ -87,9 +87,8 @@ def state_of(task: Task) -> State:
     if (task.measurement / "report.json").exists():
         return "measured"
     papers = record.read_json(task.directory / "run.json") or {}
-    adapter = task.directory / "adapter"
-    is_there = papers.get("status") == "done" and adapter.is_dir() and flaw_of_adapter(adapter) is None
-    return "trained" if is_there else "missing"
+    is_done = papers.get("status") == "done"
+    return "trained" if is_done and flaw_of_adapter(task.directory / "adapter") is None else "missing"
 
 
 @contextlib.contextmanager

@@ -39,8 +39,7 @@ class Papers:
     @property
     def flaw(self) -> str | None:
         """Why the run's adapter is not the one that it exported."""
-        adapter = self.path.parent / "adapter"
-        return flaw_of_adapter(adapter) if adapter.is_dir() else "it is not there"
+        return flaw_of_adapter(self.path.parent / "adapter")
 
     def begin(self, **facts: Any) -> None:
         """The run starts, or goes on: from here on its end is recorded whatever it is."""

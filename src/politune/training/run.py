@@ -110,9 +110,10 @@ def _train(
         # One that failed before its first checkpoint asks for other settings.
         elif "identity" in papers.document and papers.document.get("status") != "failed":
             check_papers(papers.document, identity)
+        only_exports = is_done and is_over
         if is_done and not is_over:
             _require_no_adapter(papers, directory)
-        if not (is_done and is_over):
+        if not only_exports:
             papers.begin(
                 identity=identity,
                 direction=metadata["politune.direction"],
@@ -129,7 +130,7 @@ def _train(
 
             with Session(run, prepared, directory, identity, metadata, stop, say, quiet) as session:
                 session.train(checkpoint, steps)
-                if is_done and is_over:
+                if only_exports:
                     say(f"the adapter is exported again: {papers.flaw}")
                     session.export_again()
                     return replace(from_document(papers.document.get("metrics") or {}), steps_done_now=0)
