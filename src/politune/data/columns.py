@@ -5,7 +5,6 @@ another number of processes, are chosen alike.
 """
 
 import hashlib
-import json
 import math
 import re
 import signal
@@ -13,10 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cache, partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from politune.config import OWN_COLUMNS, PLACEBOS, Recipe, RuleSpec, SourceSpec
 from politune.data.files import Part, TextPart
@@ -25,6 +23,18 @@ from politune.data.languages import languages_of
 from politune.data.neighbours import shingles, sketch
 from politune.data.sources import Membership, Stream, hash_row
 from politune.data.texts import count_words, hash_texts, prompt_text, whole_text
+from politune.data.values import (
+    FIXED_KINDS,
+    MISSING,
+    Kind,
+    carried_value,
+    is_synthetic,
+    joined_kind,
+    mark_of,
+    number_of,
+    sound,
+    text_of,
+)
 from politune.data.workers import in_order, no_collection
 from politune.errors import ConfigError, DataError, safe
 
@@ -50,10 +60,6 @@ ALWAYS_CARRIED = ("axis", "generator", "synthetic")
 SIDE = re.compile(r"(?<![^\W_])(chosen|rejected)(?![^\W_])")
 """In the name of a column that speaks of one answer: `stance_chosen`, `rejected-rating`."""
 
-Kind: TypeAlias = Literal["text", "integer", "number", "boolean"]
-MISSING, TEXT, INTEGER, LARGE, NUMBER, BOOLEAN = 1, 2, 4, 8, 16, 32
-"""Marks of a value in a further column; a large one is an integer that no floating-point number equals."""
-FIXED_KINDS: Mapping[str, Kind] = {"axis": "text", "generator": "text", "synthetic": "boolean"}
 Texts: TypeAlias = tuple[tuple[Message, ...], str, str]
 
 
@@ -263,11 +269,6 @@ def _marks(row: dict[str, object], texts: Texts, is_text: bool) -> int:
     return IS_SPLICEABLE if plain and isinstance(row["rejected"], str) else 0
 
 
-def is_synthetic(row: Mapping[str, object]) -> bool:
-    """Whether a row's own column says that a model wrote it."""
-    return str(row.get("synthetic")).strip().lower() in ("true", "yes", "1", "1.0")
-
-
 def _generator(row: Mapping[str, object]) -> str:
     return str(carried_value(row.get("generator"), "text"))[:GENERATOR_CHARACTERS]
 
@@ -329,7 +330,7 @@ def _marks_of(table: Table, column: str) -> "NDArray[Any]":
 
     if column not in table.columns:
         return np.full(len(table.rows), MISSING, np.uint8)
-    marks = [_mark(row.get(column)) for row in table.rows]
+    marks = [mark_of(row.get(column)) for row in table.rows]
     if None in marks:
         raise DataError(
             f"the column {safe(column, 60)!r} holds binary values, which are no text and no number",
@@ -337,71 +338,6 @@ def _marks_of(table: Table, column: str) -> "NDArray[Any]":
             fix="leave it out of the recipe",
         )
     return np.array(marks, np.uint8)
-
-
-def _mark(value: object) -> int | None:
-    """What a value is; None of bytes."""
-    if _is_missing(value):
-        return MISSING
-    if isinstance(value, bool):
-        return BOOLEAN
-    if isinstance(value, Decimal) and value == value.to_integral_value():
-        value = int(value)
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            return TEXT
-        return INTEGER if value == float(value) else LARGE
-    if isinstance(value, bytes):
-        return None
-    return NUMBER if isinstance(value, float | Decimal) else TEXT
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float | Decimal) and not math.isfinite(value))
-
-
-def joined_kind(marks: int) -> Kind:
-    """What values with these marks can all be written as.
-
-    With a gap that is text: readers of JSON take the type of a column from its first megabytes, and refuse another after nulls.
-    """
-    if marks in (INTEGER, LARGE, INTEGER | LARGE):
-        return "integer"
-    if marks in (NUMBER, NUMBER | INTEGER):
-        return "number"
-    return "boolean" if marks == BOOLEAN else "text"
-
-
-def carried_value(value: object, kind: Kind) -> str | float | bool:
-    """A value as it is written in a column of that kind (`joined_kind`). What is missing is an empty text.
-
-    A number is always written as a floating-point one, for readers of JSON who refuse 1.5 after 1.
-    """
-    match kind:
-        case "boolean":
-            return bool(value)
-        case "integer":
-            return int(value)  # type: ignore[call-overload,no-any-return]
-        case "number":
-            return float(value)  # type: ignore[arg-type]
-        case "text":
-            return "" if _is_missing(value) else sound(_text(value))
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool | list | tuple | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
-
-
-def _number(value: object) -> float | None:
-    """A number, also one that is written as a text; none of whatever else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
 
 
 # --- regular expressions ---------------------------------------------------------------------------------------------
@@ -450,9 +386,9 @@ def _test_of(rule: RuleSpec) -> Callable[[object], bool]:
     """Whether a value is what a rule looks for; what is missing never is."""
     if rule.pattern is None:
         low, high = (-math.inf if rule.min is None else rule.min), (math.inf if rule.max is None else rule.max)
-        return lambda value: (number := _number(value)) is not None and low <= number <= high
+        return lambda value: (number := number_of(value)) is not None and low <= number <= high
     found = _compiled(rule.pattern).fullmatch if rule.field == "language" else _compiled(rule.pattern).search
-    return lambda value: value is not None and found(value if isinstance(value, str) else _text(value)) is not None
+    return lambda value: value is not None and found(value if isinstance(value, str) else text_of(value)) is not None
 
 
 @cache
@@ -471,11 +407,6 @@ def _languages(reader: Reader, texts: Sequence[Texts]) -> list[str]:
 def _own_topic(row: dict[str, object]) -> str:
     topic = row.get("topic")
     return OTHER_TOPIC if topic in (None, "") else sound(str(topic)[:TOPIC_CHARACTERS])
-
-
-def sound(text: str) -> str:
-    """Without halves of characters, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager

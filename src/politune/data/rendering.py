@@ -15,20 +15,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from politune.data import select, sources
-from politune.data.columns import (
-    IS_SPLICEABLE,
-    Columns,
-    Kind,
-    Reader,
-    carried_value,
-    changed,
-    is_synthetic,
-    sound,
-    starts,
-)
+from politune.data.columns import IS_SPLICEABLE, Columns, Reader, changed, starts
 from politune.data.files import Part, TextPart, kind_of
 from politune.data.format import Message, Table
 from politune.data.places import identities
+from politune.data.values import Kind, carried_value, is_synthetic, sound
 
 KEY = re.compile(rb'"(chosen|rejected)"(?=\s*:)')
 """In a line of JSON such a word before a colon is a key: within a text the quotation marks would be escaped."""

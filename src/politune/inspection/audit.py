@@ -159,9 +159,10 @@ def _examine(given: tuple[Sequence[AnyRow], Sequence[Sequence[int]]]) -> tuple[l
         chosen, rejected = sample[index].completions
         tokens = (in_tokens[index][1], in_tokens[index][2]) if in_tokens else None
         pairs.append(Pair(repr(prompt_key(sample[index])), chosen, rejected, tokens))
-    if groups_of(pairs).max(initial=-1) + 1 < FEWEST_PROMPTS:
+    groups = groups_of(pairs)
+    if groups.max(initial=-1) + 1 < FEWEST_PROMPTS:
         return usable, None
-    return usable, examine(pairs)
+    return usable, examine(pairs, groups)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -167,13 +167,16 @@ def _above_guessing(estimate: Estimate) -> tuple[float, float, float]:
 
 
 @one_thread()
-def examine(pairs: Sequence[Pair]) -> Forensics:
+def examine(pairs: Sequence[Pair], groups: "NDArray[np.intp] | None" = None) -> Forensics:
     """The forensics of pairs, whose order and number of processes change nothing.
+
+    Args:
+        groups: what `groups_of` says of the pairs, where that is known already.
 
     Raises:
         ValueError: fewer than `FEWEST_PROMPTS` groups, of which nothing can be said.
     """
-    groups = groups_of(pairs)
+    groups = groups_of(pairs) if groups is None else groups
     count = int(groups.max(initial=-1)) + 1
     if count < FEWEST_PROMPTS:
         raise ValueError(f"{count} prompts with answers of their own are too few")

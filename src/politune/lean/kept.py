@@ -68,10 +68,8 @@ class KeptRows:
             finally:
                 unnamed.unlink(missing_ok=True)
             oldest = sorted(self.folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-            for path in (
-                *oldest[:-MOST_FILES],
-                *self.folder.glob(f".{self.key}-*"),
-            ):  # a killed process left the latter
+            left_by_the_killed = self.folder.glob(f".{self.key}-*")
+            for path in (*oldest[:-MOST_FILES], *left_by_the_killed):
                 path.unlink(missing_ok=True)
 
     def _file(self) -> Path | None:

@@ -153,18 +153,17 @@ def resolve(
     table: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if loaded:
-        refuse_two_lengths(_flatten(loaded.table), loaded)
+        _refuse_two_lengths(_flatten(loaded.table), loaded)
         _overlay(table, origins, _flatten(loaded.table), lambda key: _place(loaded, key))
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     assigned = dict(_parse_assignment(text) for text in sets)
     if both := sorted(set(given) & set(assigned)):
         raise ConfigError(f"--{_leaf(both[0])} and --set {both[0]} both set {both[0]}", fix="give one of them")
     typed = given | assigned
-    refuse_two_lengths(typed)
+    _refuse_two_lengths(typed)
     if typed.get("train.num_train_epochs") is not None and "train.max_steps" not in typed:
-        _overlay(
-            table, origins, {"train.max_steps": -1}, lambda key: "--num_train_epochs"
-        )  # a preset's, which is overridden
+        # Instead of a preset's.
+        _overlay(table, origins, {"train.max_steps": -1}, lambda key: "--num_train_epochs")
     _overlay(table, origins, given, lambda key: f"--{_leaf(key)}")
     _overlay(table, origins, assigned, lambda key: f"--set {key}")
     chosen = _method_of(table, method, loaded)
@@ -180,7 +179,7 @@ def resolve(
     return Resolved(run, {key: origins.get(key, "default") for key in flatten(run)}, preset)
 
 
-def refuse_two_lengths(values: Mapping[str, Any], preset: Preset | None = None) -> None:
+def _refuse_two_lengths(values: Mapping[str, Any], preset: Preset | None = None) -> None:
     """Refuses epochs beside steps in one place, where neither overrides the other; flags may override a preset's epochs.
 
     Args:
