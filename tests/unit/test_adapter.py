@@ -104,6 +104,7 @@ def test_an_adapter_is_as_it_was_exported(tmp_path: Path, name: str) -> None:
 
 
 def test_a_directory_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
+    assert seal.flaw_of_adapter(tmp_path / "nowhere") == "it is not there"
     with pytest.raises(ModelError, match="no adapter directory"):
         adapters.read(tmp_path / "nowhere")
     path = write_adapter(tmp_path) / LORA

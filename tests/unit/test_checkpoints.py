@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from politune.models.seal import SEAL
 from politune.training import checkpoints
 
 IDENTITY: dict[str, Any] = {"train.seed": 42, "threads": 2, "version of torch": "2.13.0"}
@@ -27,7 +28,7 @@ def write(directory: Path, step: int) -> Path:
 def test_each_changed_byte_of_a_marker_is_found(tmp_path: Path) -> None:
     """Also one in what the run was, which would otherwise read as a changed setting and refuse the run for good."""
     before, damaged = write(tmp_path, 2), write(tmp_path, 4)
-    marker = damaged / checkpoints.MARKER
+    marker = damaged / SEAL
     whole = marker.read_bytes()
     assert checkpoints.newest(tmp_path) == damaged
     for place in range(len(whole)):
@@ -79,7 +80,7 @@ def test_what_a_killed_process_left_half_removed_does_not_stay(tmp_path: Path) -
     """Killed while it rotated: the marker of the oldest one is gone, some of its files are not."""
     for step in (2, 4, 6):
         write(tmp_path, step)
-    (tmp_path / "checkpoint-2" / checkpoints.MARKER).unlink()
+    (tmp_path / "checkpoint-2" / SEAL).unlink()
     said: list[str] = []
     assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-6"
     assert said == ["set aside checkpoint-2: it is not complete"]

@@ -117,13 +117,17 @@ def test_pairs_that_stand_both_ways_round_tell_nothing() -> None:
     assert length.low == pytest.approx(0.412, abs=0.001)  # Wilson's at 60 of 120
 
 
-def test_p_is_that_of_all_features_together() -> None:
-    """8 rows of 60 have a mark more: z = 8 / sqrt(8), p = 0.0047 by itself; times the number of features, or nearly, in all."""
-    pairs = [Pair(f"prompt {row}", two + "!" * (row < 8), two) for row, (_, two) in enumerate(answers(60))]
+def test_p_is_that_of_all_features_that_differ_together() -> None:
+    """5 rows of 60 have a mark more, and nothing else differs: z = 5 / sqrt(5), p = 0.0253 by itself. So do the length and the
+    last mark, and no other feature could have been found: times 3 in all, not times 36."""
+    pairs = [Pair(f"prompt {row}", two + "!" * (row < 5), two) for row, (_, two) in enumerate(answers(60))]
     forensics = examine(pairs)
+    telling = [each.feature for each in forensics.shortcuts if each.decided]
+    assert sorted(telling) == ["exclamation marks", "length in characters", "opening and closing mark"]
     marks = of(forensics, "exclamation marks")
-    assert marks.p == pytest.approx(0.00468 * len(forensics.shortcuts), rel=0.1)
+    assert marks.p == pytest.approx(0.0253 * 3, rel=0.01)
     assert not marks.is_found
+    assert all(each.p == 1 for each in forensics.shortcuts if not each.decided)
 
 
 def test_prompts_whose_hashes_are_alike_are_folded_like_any_other() -> None:

@@ -6,7 +6,8 @@ often); those that are fitted (opening and closing words, function words, all wo
 they are judged by: ten folds, which keep together what `group_rows` does, rows of one prompt or with one answer.
 
 Intervals are those of `chance.estimate` over such groups. The test against 0.5 divides the sum over groups by the root of its sum
-of squares, which under exchangeable sides is a sum of random signs; p-values are Holm's over all features.
+of squares, which under exchangeable sides is a sum of random signs. P-values are Holm's over the features that differ in any row:
+one that never does could not be found whichever side were the chosen one, and is none of the tests (Tarone 1990, Biometrics 46).
 
 What learns is tested by other points than it is judged by: each fold's by what the folds before it taught (progressive
 validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
@@ -72,7 +73,7 @@ class Shortcut:
     """How well one feature tells the sides apart.
 
     `chosen` completes a sentence that begins with "chosen"; `decided` is the share of rows in which the feature differs between
-    the sides; `p` is adjusted for the family of features.
+    the sides; `p` is adjusted for the family of those that differ in any row.
     """
 
     feature: str
@@ -132,7 +133,7 @@ class Forensics:
             f"Share of the rows in which the feature points to the chosen side, a tie as half, with its 95 % interval over "
             f"{self.groups:,} groups that share no prompt or answer; 50 % is guessing. Words and openings learn on other groups "
             "than they are judged by. "
-            f"p is Holm's for all {len(self.shortcuts)} features."
+            f"p is Holm's for {len(shown)} features."
         ) + (f" Alike on both sides of every row: {alike}." if alike else "")
         table = Table("Shortcuts", columns, rows, note)
         return (*([plot] if self.found else []), table, Lines("What the words tell", (self.words_line,)))
@@ -187,7 +188,8 @@ def examine(pairs: Sequence[Pair], groups: "NDArray[np.intp] | None" = None) -> 
     fitted, differences = _fitted(chosen, rejected, folds)
     for name, (sentence, told) in fitted.items():
         found.append(_shortcut(name, sentence, told.points, groups, told))
-    found = [replace(each, p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
+    adjusted = iter(holm([each.p for each in found if each.decided]))
+    found = [replace(each, p=next(adjusted) if each.decided else 1.0) for each in found]
     words = found[-1].estimate
     balanced, names = _balanced(found[: points_of_numbers.shape[1]], points_of_numbers, differences, groups, folds)
     ordered = sorted(found, key=lambda each: (-each.is_found, -each.estimate.accuracy, each.feature))

@@ -13,8 +13,7 @@ from typing import Any
 
 from politune.errors import safe
 from politune.models import files
-from politune.models.seal import SEAL as MARKER
-from politune.models.seal import changed, contents, read, seal
+from politune.models.seal import SEAL, changed, contents, read, seal
 from politune.record import model_card
 from politune.writing import sync
 
@@ -43,13 +42,13 @@ def rotate(directory: Path, keep: int) -> None:
 
     Unfinished ones that were set aside go once `keep` whole ones have come after them.
     """
-    committed = [each for each in _written(directory) if (each / MARKER).is_file()]
+    committed = [each for each in _written(directory) if (each / SEAL).is_file()]
     for checkpoint in committed[:-keep]:
-        (checkpoint / MARKER).unlink()
+        (checkpoint / SEAL).unlink()
         shutil.rmtree(checkpoint)
     if len(committed) >= keep:
         for checkpoint in _written(directory / SET_ASIDE):
-            if not (checkpoint / MARKER).exists():
+            if not (checkpoint / SEAL).exists():
                 shutil.rmtree(checkpoint)
         with contextlib.suppress(OSError):  # damaged ones stay in it
             (directory / SET_ASIDE).rmdir()
@@ -118,4 +117,4 @@ def _flaw(checkpoint: Path) -> str | None:
 
 
 def _unfinished(checkpoint: Path) -> str | None:
-    return None if (checkpoint / MARKER).exists() else "it is not complete"
+    return None if (checkpoint / SEAL).exists() else "it is not complete"
