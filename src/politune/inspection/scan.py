@@ -13,7 +13,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,8 @@ def scan(
     settings = Settings(source.name, method, direction, source.membership, seed, tuple(against), tuple(columns))
     swaps = _drawn_sides(source, settings, processes) if direction == "shuffled" else None
     whole, firsts, ends, bound = Facts(), [0], [0], [2**64 - 1]
-    pieces: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    # Not an array for each part: their memory would stay this process's, unused, once they are joined.
+    measured = {name: bytearray() for name in COLUMNS}
     digest, size, others = hashlib.sha256(), source.size_bytes, leaks.Growing()
 
     def given() -> Iterator[tuple[Part, int, Sequence[bool] | None]]:
@@ -194,7 +195,7 @@ def scan(
 
     for found in in_order(partial(measure, settings), given(), processes):
         _refuse_other_kinds(whole, found, source)
-        _add(whole, found, pieces)
+        _add(whole, found, measured)
         if found.others_texts:
             others.add(*found.others_texts)
         digest.update(found.digest)
@@ -208,7 +209,7 @@ def scan(
         raise whole.broken_rows[0].error
     if not whole.rows:
         raise source.nothing_of(whole.splits, whole.names) if whole.others else no_rows(source.name, tuple(whole.names))
-    _join(whole, pieces)
+    whole.columns = _as_arrays(measured)
     whole.digest = digest.digest()
     if whole.others:
         sides = [None] * len(firsts) if swaps is None else swaps
@@ -221,11 +222,11 @@ def _rank(sampled: Sampled) -> tuple[int, int]:
     return sampled.rank
 
 
-def _join(whole: Facts, pieces: dict[str, list[Any]]) -> None:
+def _as_arrays(columns: Mapping[str, bytearray]) -> dict[str, Any]:
     import numpy as np
 
-    for name in COLUMNS:
-        whole.columns[name] = np.concatenate(pieces.pop(name))
+    flat = {name: np.frombuffer(columns[name], kind) for name, (kind, _) in COLUMNS.items()}
+    return {name: flat[name].reshape(-1, width) if width > 1 else flat[name] for name, (_, width) in COLUMNS.items()}
 
 
 def _hold_against_others(
@@ -252,9 +253,9 @@ def _hold_against_others(
     whole.others_share = index.share
 
 
-def _add(whole: Facts, found: Facts, pieces: dict[str, list[Any]]) -> None:
+def _add(whole: Facts, found: Facts, columns: Mapping[str, bytearray]) -> None:
     for name, values in found.columns.items():
-        pieces[name].append(values)
+        columns[name].extend(values.astype(COLUMNS[name][0], copy=False).tobytes())
     whole.names |= found.names
     for counted in ("splits", "marks", "topics", "generators", "leaks"):
         getattr(whole, counted).update(getattr(found, counted))
