@@ -118,16 +118,36 @@ def test_pairs_that_stand_both_ways_round_tell_nothing() -> None:
 
 
 def test_p_is_that_of_all_features_that_differ_together() -> None:
-    """5 rows of 60 have a mark more, and nothing else differs: z = 5 / sqrt(5), p = 0.0253 by itself. So do the length and the
-    last mark, and no other feature could have been found: times 3 in all, not times 36."""
-    pairs = [Pair(f"prompt {row}", two + "!" * (row < 5), two) for row, (_, two) in enumerate(answers(60))]
-    forensics = examine(pairs)
-    telling = [each.feature for each in forensics.shortcuts if each.decided]
+    """16 rows of 60 have a mark more, 6 one less, and nothing else differs: z = (10 - 1) / sqrt(22), p = 0.0550 by itself, and
+    0.0525 by the binomial distribution. So do the length and the last mark, and no other feature could have been found: times 3
+    in all, not times 36."""
+    marked = [
+        (f"{text}!", text) if row < 16 else (text, f"{text}!" * (row < 22) or text)
+        for row, (text, _) in enumerate(answers(60))
+    ]
+    forensics = examine([Pair(f"prompt {row}", *sides) for row, sides in enumerate(marked)])
+    telling = [each.feature for each in forensics.shortcuts if each.differs]
     assert sorted(telling) == ["exclamation marks", "length in characters", "opening and closing mark"]
     marks = of(forensics, "exclamation marks")
-    assert marks.p == pytest.approx(0.0253 * 3, rel=0.01)
+    assert marks.p == pytest.approx(0.0550 * 3, rel=0.01)
     assert not marks.is_found
-    assert all(each.p == 1 for each in forensics.shortcuts if not each.decided)
+    assert all(each.p == 1 for each in forensics.shortcuts if not each.differs)
+
+
+@pytest.mark.parametrize(("rows", "is_found"), [(5, False), (9, True)])
+def test_few_rows_prove_little(rows: int, is_found: bool) -> None:
+    """Capitals differ in these rows alone: 5 that agree are no more than chance (1 in 16 by the binomial distribution)."""
+    pairs = [Pair(f"prompt {row}", two.upper() if row < rows else two, two) for row, (_, two) in enumerate(answers(60))]
+    forensics = examine(pairs)
+    assert [each.feature for each in forensics.shortcuts if each.differs] == ["capitals per word"]
+    assert of(forensics, "capitals per word").is_found is is_found
+
+
+def test_openings_that_stand_in_one_row_each_differ_and_tell_nothing() -> None:
+    forensics = examine([Pair(f"prompt {row}", f"a{row} b c", f"b{row} b c") for row in range(60)])
+    opening = of(forensics, "opening word")
+    assert (opening.differs, opening.decided, opening.is_found) == (True, 0, False)
+    assert "opening word" not in forensics.sections()[0].note.partition("Alike on both sides")[2]
 
 
 def test_prompts_whose_hashes_are_alike_are_folded_like_any_other() -> None:

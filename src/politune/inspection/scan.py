@@ -255,7 +255,7 @@ def _hold_against_others(
 
 def _add(whole: Facts, found: Facts, columns: Mapping[str, bytearray]) -> None:
     for name, values in found.columns.items():
-        columns[name].extend(values.astype(COLUMNS[name][0], copy=False).tobytes())
+        columns[name].extend(values.astype(COLUMNS[name][0], casting="safe", copy=False).tobytes())
     whole.names |= found.names
     for counted in ("splits", "marks", "topics", "generators", "leaks"):
         getattr(whole, counted).update(getattr(found, counted))

@@ -6,8 +6,10 @@ often); those that are fitted (opening and closing words, function words, all wo
 they are judged by: ten folds, which keep together what `group_rows` does, rows of one prompt or with one answer.
 
 Intervals are those of `chance.estimate` over such groups. The test against 0.5 divides the sum over groups by the root of its sum
-of squares, which under exchangeable sides is a sum of random signs. P-values are Holm's over the features that differ in any row:
-one that never does could not be found whichever side were the chosen one, and is none of the tests (Tarone 1990, Biometrics 46).
+of squares, which under exchangeable sides is a sum of random signs; less half of the step that the smallest group makes (Yates
+1934, JRSS Suppl. 1), without which four rows that agree would be called more than chance. P-values are Holm's over the features
+that differ in any row: another one could not be found whichever side were the chosen one, and is no test (Tarone 1990, Biometrics
+46).
 
 What learns is tested by other points than it is judged by: each fold's by what the folds before it taught (progressive
 validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
@@ -72,8 +74,9 @@ class Pair:
 class Shortcut:
     """How well one feature tells the sides apart.
 
-    `chosen` completes a sentence that begins with "chosen"; `decided` is the share of rows in which the feature differs between
-    the sides; `p` is adjusted for the family of those that differ in any row.
+    `chosen` completes a sentence that begins with "chosen"; `decided` is the share of rows in which the feature tells the sides
+    apart; `p` is adjusted for the family of features that differ between the sides of any row, of which this one may be
+    (`differs`).
     """
 
     feature: str
@@ -82,6 +85,7 @@ class Shortcut:
     decided: float
     p: float
     is_fitted: bool
+    differs: bool
 
     @property
     def is_found(self) -> bool:
@@ -122,18 +126,18 @@ class Forensics:
             tuple((each.feature, *_above_guessing(each.estimate)) for each in self.found[:SHOWN_FEATURES]),
             "percentage points above 50 %",
         )
-        shown = [each for each in self.shortcuts if each.decided > 0]
+        shown = [each for each in self.shortcuts if each.differs]
         rows = tuple(
             (each.feature, f"chosen {each.chosen}", *_percents(each.estimate), f"{each.decided:.0%}", _p_text(each.p))
             for each in shown
         )
         columns = ("feature alone", "what tells", "accuracy", "low", "high", "rows decided", "p")
-        alike = ", ".join(each.feature for each in self.shortcuts if not each.decided)
+        alike = ", ".join(each.feature for each in self.shortcuts if not each.differs)
         note = (
             f"Share of the rows in which the feature points to the chosen side, a tie as half, with its 95 % interval over "
             f"{self.groups:,} groups that share no prompt or answer; 50 % is guessing. Words and openings learn on other groups "
             "than they are judged by. "
-            f"p is Holm's for {len(shown)} features."
+            "p is Holm's for the features of this table together."
         ) + (f" Alike on both sides of every row: {alike}." if alike else "")
         table = Table("Shortcuts", columns, rows, note)
         return (*([plot] if self.found else []), table, Lines("What the words tell", (self.words_line,)))
@@ -188,8 +192,8 @@ def examine(pairs: Sequence[Pair], groups: "NDArray[np.intp] | None" = None) -> 
     fitted, differences = _fitted(chosen, rejected, folds)
     for name, (sentence, told) in fitted.items():
         found.append(_shortcut(name, sentence, told.points, groups, told))
-    adjusted = iter(holm([each.p for each in found if each.decided]))
-    found = [replace(each, p=next(adjusted) if each.decided else 1.0) for each in found]
+    adjusted = iter(holm([each.p for each in found if each.differs]))
+    found = [replace(each, p=next(adjusted) if each.differs else 1.0) for each in found]
     words = found[-1].estimate
     balanced, names = _balanced(found[: points_of_numbers.shape[1]], points_of_numbers, differences, groups, folds)
     ordered = sorted(found, key=lambda each: (-each.is_found, -each.estimate.accuracy, each.feature))
@@ -249,11 +253,14 @@ def _shortcut(
 
     sums = np.bincount(groups, told.in_turn if told else points.astype(float))
     spread = math.sqrt(float((sums**2).sum()))
-    z = float(sums.sum()) / spread if spread else 0.0
     # One that is fitted may only be right; the direction of a number is chosen after the look.
-    p = math.erfc(z / math.sqrt(2)) / 2 if told else math.erfc(abs(z) / math.sqrt(2))
+    total = float(sums.sum()) if told else abs(float(sums.sum()))
+    half_step = float(np.abs(sums[sums != 0]).min()) if spread else 0.0
+    tail = math.erfc((total - half_step) / spread / math.sqrt(2)) if spread else 1.0
+    p = tail / 2 if told else min(1.0, tail)
     judged = estimate(points.astype(float) / 2 + 0.5, groups, jackknifed=told.jackknifed if told else None)
-    return Shortcut(name, sentence, judged, float((points != 0).mean()), p, told is not None)
+    decided = float((points != 0).mean())
+    return Shortcut(name, sentence, judged, decided, p, told is not None, told.differs if told else decided > 0)
 
 
 # --- what is fitted --------------------------------------------------------------------------------------------------
@@ -264,12 +271,14 @@ class Told:
     """Where a feature that learns points, [rows]: to the chosen side (+1), the other (-1) or neither (0).
 
     `points` are by what all other folds teach, `in_turn` by what the folds before teach, times their number; `jackknifed` is the
-    variance of the accuracy by leaving out one fold, both as rows that teach and as rows that are judged.
+    variance of the accuracy by leaving out one fold, both as rows that teach and as rows that are judged; `differs` says whether
+    there is anything to learn from in any row, whichever side is the chosen one.
     """
 
     points: "NDArray[Any]"
     in_turn: "NDArray[Any]"
     jackknifed: float
+    differs: bool
 
 
 def _fitted(
@@ -334,7 +343,7 @@ def _told(
         sums[other] += weights[rows[one]] @ points(one, taught)
     accuracies = sums / (1 - held) / 2 + 0.5
     jackknifed = (FOLDS - 1) / FOLDS * float(((accuracies - accuracies.mean()) ** 2).sum())
-    return Told(held_out, in_turn, jackknifed)
+    return Told(held_out, in_turn, jackknifed, differences.nnz > 0)
 
 
 def _columns(differences: Any, wanted: Sequence[bool]) -> Any:
