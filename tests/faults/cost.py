@@ -34,7 +34,7 @@ def figures(lab: Lab, whole: bool) -> Iterator[Figure]:
     if not whole:
         return
     what = (
-        f"what survival costs in half an epoch of `demo-left`: under {MOST:.0%} of the training loop's time (`train_runtime`, "
+        f"what survival costs in an epoch of `demo-left`: under {MOST:.0%} of the training loop's time (`train_runtime`, "
         "without imports, loading and export), the guards before and after the loop counted in"
     )
     if demo.is_ready(demo.checkpoint_directory()):
@@ -48,7 +48,7 @@ def _measure(lab: Lab) -> tuple[float, str]:
     """(the guards' share of the training loop's seconds, where it went) in one run."""
     with lab.place("cost") as place:
         argv = ["train", "dpo", "--preset", "demo-left", "--offline", "--output-dir", str(place / "run")]
-        argv += ["--max-steps", "18"]  # what comes once weighs more in it than in the two epochs of the preset
+        argv += ["--max-steps", "36"]  # what comes once weighs more in it than in the two epochs of the preset
         code = "import sys; from pathlib import Path; from faults.cost import timed; timed(Path(sys.argv.pop(1)))"
         environment = {
             **os.environ,
