@@ -25,14 +25,14 @@ SUBJECTS = (
 
 HEAD = """# What a run survives
 
-Written by `make faults`: {trials:,} trials in {minutes} minutes on {machine} (Python {python}).
+Written by `make faults`: {trials:,} trials in {minutes} minutes (Python {python}).
 Runs are those of a two-layer model, killed, starved and damaged in processes of their own; *equal* means the bytes of the
 adapter of a run that nothing happened to.
 """
 SECTION = """
 ## {subject}
 
-{trials:,} trials in {minutes:.1f} minutes, {date}.
+{trials:,} trials in {minutes:.1f} minutes, {date}, {machine}.
 
 | what happens, and what must come of it | good | of | seed | beside it |
 |---|---|---|---|---|
@@ -73,16 +73,18 @@ def _write(subject: str, figures: list[Figure], minutes: float) -> None:
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     sections = {each.partition("\n")[0]: f"\n## {each.rstrip()}\n" for each in text.split("\n## ")[1:]}
     trials, date = sum(figure.of for figure in figures), datetime.datetime.now(tz=datetime.UTC).date()
-    sections[subject] = SECTION.format(subject=subject, trials=trials, minutes=minutes, date=date) + "".join(
+    sections[subject] = SECTION.format(
+        subject=subject, trials=trials, minutes=minutes, date=date, machine=find_processor()
+    ) + "".join(
         f"| {each.what} | {each.good} | {each.of} | {'' if each.seed is None else each.seed} | {each.beside} |\n"
         for each in figures
     )
     body = "".join(sections[name] for name in SUBJECTS if name in sections)
     sums = [(int(trials.replace(",", "")), float(minutes)) for trials, minutes in SUM.findall(body)]
+    minutes_in_all = round(sum(minutes for _, minutes in sums))
     head = HEAD.format(
-        trials=sum(trials for trials, _ in sums), minutes=round(sum(minutes for _, minutes in sums)),
-        machine=find_processor(), python=platform.python_version(),
-    )  # fmt: skip
+        trials=sum(trials for trials, _ in sums), minutes=minutes_in_all, python=platform.python_version()
+    )
     PAGE.write_text(head + body, encoding="utf-8")
 
 

@@ -252,15 +252,22 @@ def _shortcut(
     import numpy as np
 
     sums = np.bincount(groups, told.in_turn if told else points.astype(float))
-    spread = math.sqrt(float((sums**2).sum()))
     # One that is fitted may only be right; the direction of a number is chosen after the look.
-    total = float(sums.sum()) if told else abs(float(sums.sum()))
-    half_step = float(np.abs(sums[sums != 0]).min()) if spread else 0.0
-    tail = math.erfc((total - half_step) / spread / math.sqrt(2)) if spread else 1.0
-    p = tail / 2 if told else min(1.0, tail)
+    p = _signs_p(sums, one_sided=told is not None)
     judged = estimate(points.astype(float) / 2 + 0.5, groups, jackknifed=told.jackknifed if told else None)
     decided = float((points != 0).mean())
     return Shortcut(name, sentence, judged, decided, p, told is not None, told.differs if told else decided > 0)
+
+
+def _signs_p(sums: "NDArray[Any]", *, one_sided: bool) -> float:
+    """P of a sum of numbers with random signs, by the normal distribution, less half of the sum's smallest step."""
+    import numpy as np
+
+    spread = math.sqrt(float((sums**2).sum()))
+    total = float(sums.sum()) if one_sided else abs(float(sums.sum()))
+    half_step = float(np.abs(sums[sums != 0]).min()) if spread else 0.0
+    tail = math.erfc((total - half_step) / spread / math.sqrt(2)) if spread else 1.0
+    return tail / 2 if one_sided else min(1.0, tail)
 
 
 # --- what is fitted --------------------------------------------------------------------------------------------------
