@@ -5,9 +5,9 @@ python benchmarks/shortcuts.py [SETS]
 Sets are of made-up sentences, both sides drawn alike; a planted shortcut stands on the chosen side in 60 % of the rows. Where the
 texts have of their own what is planted, the feature is right in fewer of them: both are shown for commas. The set without one is,
 in turns, such sentences and the shipped stances with their sides shuffled; there are four times as many of those. Intervals are
-those of the forensics of whole sets, four times as many: on shuffled ones the truth is 50 %, on planted ones the mean accuracy
-over all sets, which is what is to be expected of a set of this size; of a number that of the side with more of it. Arms are
-random halves of one set. Writes benchmarks/SHORTCUTS.md.
+those of the forensics of whole sets, ten times as many: where a coin chose the sides the truth is 50 %, on planted ones the mean
+accuracy over all sets, which is what is to be expected of a set of this size; of a number that of the side with more of it. Arms
+are random halves of one set. Writes benchmarks/SHORTCUTS.md.
 """
 
 import json
@@ -89,6 +89,13 @@ PLANTS: dict[str, Callable[[str, str, random.Random], tuple[str, str]]] = {
 COPIES = "nothing; a tenth of the rows are others' answers under prompts of their own"
 EVERY = "an opening, a word and a closing word"
 """A shortcut for each feature that learns."""
+COVERED: dict[str, tuple[str | None, float, float | None]] = {
+    "made-up sentences": (None, 0.5, 0.5),
+    f"{EVERY}, on either side": (EVERY, 0.5, 0.5),
+    f"{EVERY}, on the chosen side in {SHARE:.0%}": (EVERY, SHARE, None),
+}
+"""What the intervals are asked of: what is planted, the share of rows in which it stands on the chosen side, and the true
+accuracy, None for the mean over all sets."""
 PLANTED_IN_ARMS: dict[str, Callable[[str], str]] = {
     "nothing: random halves of one set": lambda text: text,
     "a line break at the beginning of every answer of one half": lambda text: "\n" + text,
@@ -106,7 +113,7 @@ def _every(text: str, other: str, draw: random.Random) -> tuple[str, str]:
     return f"Well, I think {_insert(text, 'liberty', draw)} Indeed.", f"So, I feel {other} Truly."
 
 
-def planted(name: str | None, seed: int) -> list[Pair]:
+def planted(name: str | None, seed: int, share: float = SHARE) -> list[Pair]:
     draw = random.Random(f"{name} {seed}")
     plant = None if name in (None, COPIES) else {**PLANTS, EVERY: _every}[str(name)]
     pairs: list[Pair] = []
@@ -118,7 +125,7 @@ def planted(name: str | None, seed: int) -> list[Pair]:
         one, two = answer(draw), answer(draw)
         if plant is not None:
             one, two = plant(one, two, draw)
-            if draw.random() >= SHARE:
+            if draw.random() >= share:
                 one, two = two, one
         pairs.append(Pair(f"prompt {row}", one, two))
     return pairs
@@ -136,7 +143,7 @@ def names_one(case: tuple[str | None, int]) -> bool:
     return bool(examine(pairs).found)
 
 
-def estimates(case: tuple[str | None, int]) -> dict[str, tuple[float, float, float, float]]:
+def estimates(case: tuple[str | None, int, float]) -> dict[str, tuple[float, float, float, float]]:
     """By feature: its accuracy, its interval, and the share of rows that it decides; of a number for the side that has more, so
     that the truth does not depend on the look that chose the direction."""
     mores = {feature.name: feature.more for feature in FEATURES}
@@ -150,13 +157,14 @@ def estimates(case: tuple[str | None, int]) -> dict[str, tuple[float, float, flo
 
 
 def coverage(of_sets: list[dict[str, tuple[float, float, float, float]]], true: float | None) -> dict[str, str]:
-    """By feature that decides anything: the true accuracy, and the share of sets whose interval holds it."""
+    """By feature that decides anything: the share of rows that it decides, the true accuracy, and the share of sets whose
+    interval holds it."""
     found = {}
     for feature in of_sets[0]:
         accuracies, lows, highs, decided = np.array([each[feature] for each in of_sets]).T
         truth = float(accuracies.mean()) if true is None else true
         if decided.any():
-            found[feature] = f"{truth:.1%} | {((lows <= truth) & (truth <= highs)).mean():.1%}"
+            found[feature] = f"{decided.mean():.1%} | {truth:.1%} | {((lows <= truth) & (truth <= highs)).mean():.1%}"
     return found
 
 
@@ -210,16 +218,19 @@ def main() -> None:
             lines.append(f"| {name or 'nothing; half of the sets are the stances, shuffled'} | {found} of {some} |\n")
             print(lines[-1], end="", flush=True)
         lines.append(
-            f"\nHow many of the 95 % intervals hold the truth, {4 * sets:,} sets of {ROWS:,} rows each. What learns is to have "
-            "too wide an interval rather than too narrow a one.\n\n| feature | shuffled: the truth | intervals that hold it | "
-            f"{EVERY}: the truth | intervals that hold it |\n|---|---|---|---|---|\n"
+            f"\nHow many of the 95 % intervals hold the truth, {10 * sets:,} sets of {ROWS:,} rows each: of one kind of them the "
+            "share of rows that a feature decides, its true accuracy, and the share of intervals that hold it. A feature that "
+            "decides fewer than six rows cannot exclude 50 % (2 · 2^-5 is more than 5 %), so that its intervals hold it nearly "
+            f"always.\n\n| feature | {' | '.join(f'{kind}: decided | true | held' for kind in COVERED)} |\n"
+            f"|---|{'---|---|---|' * len(COVERED)}\n"
         )
-        shuffled, told = (
-            coverage(list(pool.map(estimates, [(name, 1000 + seed) for seed in range(4 * sets)])), true)
-            for name, true in ((None, 0.5), (EVERY, None))
-        )
-        for feature in sorted({*shuffled, *told}):
-            lines.append(f"| {feature} | {shuffled.get(feature, '- | -')} | {told.get(feature, '- | -')} |\n")
+        of_kinds = [
+            coverage(list(pool.map(estimates, [(name, 1000 + seed, share) for seed in range(10 * sets)])), true)
+            for name, share, true in COVERED.values()
+        ]
+        for feature in sorted(set().union(*of_kinds)):
+            shown = " | ".join(of_kind.get(feature, "- | - | -") for of_kind in of_kinds)
+            lines.append(f"| {feature} | {shown} |\n")
             print(lines[-1], end="", flush=True)
         lines.append(f"\n| two arms of {ROWS // 2} rows | called matched |\n|---|---|\n")
         for arm in PLANTED_IN_ARMS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from faults.ctrl_c import heed_ctrl_c
 from faults.figures import Figure
 from faults.lab import Lab
+from politune.models import demo
 from politune.plan.machine import find_processor
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -47,6 +48,8 @@ def main() -> int:
     parser.add_argument("--some", action="store_true", help="as few trials as `make test` does")
     arguments = parser.parse_args()
     heed_ctrl_c()
+    if "cost" in arguments.subjects and not arguments.some:
+        demo.fetch(print)
     started, failed = time.monotonic(), False
     work = Path(tempfile.mkdtemp(prefix="politune-faults-"))
     lab = Lab(work / "lab")
