@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from politune.chance import estimate
 from politune.inspection import shortcuts
@@ -251,8 +252,25 @@ def test_points_in_turn_are_random_signs_where_nothing_is_to_learn() -> None:
     assert np.mean(np.array(in_turn) > 1.645) == pytest.approx(0.05, abs=0.025)
     assert np.var(held_out) > 1.5
     widened, naive = np.mean(covers, axis=0)
-    assert 0.93 <= widened <= 0.98
+    assert 0.93 <= widened <= 0.97
     assert naive < 0.9
+
+
+def test_the_word_that_happens_to_tell_most_has_an_interval_that_holds_chance() -> None:
+    """400 sets of 200 rows in which each of a hundred words differs in half, on either side; without the jackknife the intervals
+    hold 50 % in less than 85 % of the sets."""
+    draw = np.random.default_rng(0)
+    rows, folds = np.arange(200), np.arange(200) % 10
+    covers = []
+    for _ in range(400):
+        words = csr_matrix(draw.choice([-1.0, 0.0, 0.0, 1.0], (200, 100)))
+        learn = shortcuts._by_one_word(words, folds)
+        told = shortcuts._told(words, learn, folds, counted=shortcuts.OF_ONE_WORD)
+        intervals = [estimate(told.points / 2 + 0.5, rows, jackknifed=each) for each in (told.jackknifed, None)]
+        covers.append([each.low <= 0.5 <= each.high for each in intervals])
+    widened, naive = np.mean(covers, axis=0)
+    assert 0.93 <= widened <= 0.97
+    assert naive < 0.85
 
 
 def test_an_interval_is_widened_by_the_root_of_what_the_jackknife_adds() -> None:
