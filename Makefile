@@ -68,10 +68,11 @@ bench-plan: $(VENV)/.installed
 bench-build: $(VENV)/.installed
 	$(BIN)/python benchmarks/build.py
 
-# What `inspect-data` takes beside pandas, what of planted shortcuts it finds, and what damaged files do to it, in about half an hour;
-# writes benchmarks/INSPECT.md, SHORTCUTS.md and DAMAGED.md.
+# What `inspect-data` takes beside pandas, what of planted shortcuts it finds, and what damaged files do to it, in about an hour;
+# writes benchmarks/INSPECT.md, JACKKNIFE.md, SHORTCUTS.md and DAMAGED.md.
 bench-inspect: $(VENV)/.developing
 	$(BIN)/python benchmarks/inspect_data.py
+	$(BIN)/python benchmarks/jackknife.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shortcuts.py
 	$(BIN)/python benchmarks/damaged.py
 

@@ -88,7 +88,7 @@ PLANTS: dict[str, Callable[[str, str, random.Random], tuple[str, str]]] = {
 }
 COPIES = "nothing; a tenth of the rows are others' answers under prompts of their own"
 EVERY = "an opening, a word and a closing word"
-"""A shortcut for each feature that learns."""
+"""A shortcut for each feature that learns, but for the marks at either end, which all these texts share."""
 COVERED: dict[str, tuple[str | None, float, float | None]] = {
     "made-up sentences": (None, 0.5, 0.5),
     f"{EVERY}, on either side": (EVERY, 0.5, 0.5),
@@ -218,10 +218,10 @@ def main() -> None:
             lines.append(f"| {name or 'nothing; half of the sets are the stances, shuffled'} | {found} of {some} |\n")
             print(lines[-1], end="", flush=True)
         lines.append(
-            f"\nHow many of the 95 % intervals hold the truth, {10 * sets:,} sets of {ROWS:,} rows each: of one kind of them the "
-            "share of rows that a feature decides, its true accuracy, and the share of intervals that hold it. A feature that "
-            "decides fewer than six rows cannot exclude 50 % (2 · 2^-5 is more than 5 %), so that its intervals hold it nearly "
-            f"always.\n\n| feature | {' | '.join(f'{kind}: decided | true | held' for kind in COVERED)} |\n"
+            f"\nHow many of the 95 % intervals hold the truth, in {10 * sets:,} sets of {ROWS:,} rows of each kind: the share of "
+            "rows that a feature decides, its true accuracy, and the share of intervals that hold it. Where three rows or fewer "
+            "are decided, as often by the opening three words of such sentences, the interval cannot exclude 50 %.\n"
+            f"\n| feature | {' | '.join(f'{kind}: decided | true | held' for kind in COVERED)} |\n"
             f"|---|{'---|---|---|' * len(COVERED)}\n"
         )
         of_kinds = [

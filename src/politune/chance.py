@@ -45,7 +45,8 @@ def estimate(
         values: [rows]
         groups: the number of each row's group, [rows]
         weights: [rows]; None for equal ones.
-        jackknifed: the variance of the mean by a jackknife that leaves out what a row teaches as well.
+        jackknifed: the variance of the mean by a jackknife that leaves out what a row teaches as well, or the part of it that is
+            to count.
     """
     import numpy as np
 

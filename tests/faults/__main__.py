@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import importlib
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from faults.ctrl_c import heed_ctrl_c
 from faults.figures import Figure
 from faults.lab import Lab
+from politune.errors import PolituneError
 from politune.models import demo
 from politune.plan.machine import find_processor
 
@@ -49,7 +51,11 @@ def main() -> int:
     arguments = parser.parse_args()
     heed_ctrl_c()
     if "cost" in arguments.subjects and not arguments.some:
-        demo.fetch(print)
+        try:
+            demo.fetch(functools.partial(print, file=sys.stderr, flush=True))
+        except PolituneError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
     started, failed = time.monotonic(), False
     work = Path(tempfile.mkdtemp(prefix="politune-faults-"))
     lab = Lab(work / "lab")

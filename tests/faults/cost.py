@@ -46,14 +46,16 @@ def _measure(lab: Lab) -> tuple[float, str]:
         argv = ["train", "dpo", "--preset", "demo-left", "--offline", "--output-dir", str(place / "run")]
         argv += ["--max-steps", "36"]  # what comes once weighs more in it than in the two epochs of the preset
         code = "import sys; from pathlib import Path; from faults.cost import timed; timed(Path(sys.argv.pop(1)))"
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(os.cpu_count()),
-            "XDG_CACHE_HOME": str(Path.home() / ".cache"),
-        }
-        subprocess.run(
-            [sys.executable, "-c", code, place / "seconds", *argv], env=environment, capture_output=True, check=True
+        environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+        ended = subprocess.run(
+            [sys.executable, "-c", code, place / "seconds", *argv],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        if ended.returncode:
+            raise RuntimeError(f"the run ended with {ended.returncode}: {ended.stderr}")
         seconds: dict[str, float] = json.loads((place / "seconds").read_text())
         lines = [json.loads(line) for line in (place / "run" / "log.jsonl").read_text().splitlines()]
         loop = next(line["train_runtime"] for line in lines if "train_runtime" in line)

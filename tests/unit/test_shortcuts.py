@@ -264,8 +264,7 @@ def test_the_word_that_happens_to_tell_most_has_an_interval_that_holds_chance() 
     covers = []
     for _ in range(400):
         words = csr_matrix(draw.choice([-1.0, 0.0, 0.0, 1.0], (200, 100)))
-        learn = shortcuts._by_one_word(words, folds)
-        told = shortcuts._told(words, learn, folds, counted=shortcuts.OF_ONE_WORD)
+        told = shortcuts._told_by_one_word(words, folds)
         intervals = [estimate(told.points / 2 + 0.5, rows, jackknifed=each) for each in (told.jackknifed, None)]
         covers.append([each.low <= 0.5 <= each.high for each in intervals])
     widened, naive = np.mean(covers, axis=0)

@@ -15,7 +15,7 @@ What learns is tested by other points than it is judged by: each fold's by what 
 validation, Blum, Kalai & Langford 1999, COLT). Cross-validated points depend on one another, for every fold learns from the
 others' labels, and their sum is more often large than a sum of random signs is; those in turn are martingale differences, which
 count the more, the more folds taught. The interval, which is around the cross-validated accuracy, is widened by a jackknife over
-folds, as `chance.estimate` says.
+folds, as `chance.estimate` says; of words by a part of it (`JACKKNIFE_OF_WORDS`).
 """
 
 import math
@@ -47,11 +47,10 @@ FEWEST_DOCUMENTS = 3
 """Texts that a word has to stand in, and rows in which it has to differ, to count among the words."""
 STRENGTH = 0.3
 """C of the logistic regression over words: the inverse of its L2 penalty."""
-OF_WORDS, OF_ONE_WORD = 0.75, 0.6
-"""What the jackknife of a regression, and that of the most telling word, is multiplied by. What many words teach depends on more
-folds together than the accuracies of those folds have in common, and a jackknife counts all of it. No estimate from one set is
-free of bias (Bengio & Grandvalet 2004, JMLR 5), so these were chosen on simulated sets other than those of
-benchmarks/SHORTCUTS.md, which shows how often the intervals hold the truth."""
+JACKKNIFE_OF_WORDS = 0.75
+"""What the jackknife of what learns from words is multiplied by. It overstates the variance where terms depend on several folds
+(`chance.estimate`), and from the errors of one cross-validation no estimate is free of bias (Bengio & Grandvalet 2004, JMLR 5):
+this is empirical, by benchmarks/JACKKNIFE.md."""
 FEWEST_EFFECTIVE_ROWS = 50
 """Rows that a balanced set must be worth, for anything to be said of it."""
 BALANCED_WITHIN = 0.005
@@ -279,8 +278,8 @@ class Told:
     """Where a feature that learns points, [rows]: to the chosen side (+1), the other (-1) or neither (0).
 
     `points` are by what all other folds teach, `in_turn` by what the folds before teach, times their number; `jackknifed` is the
-    variance of the accuracy by leaving out one fold, both as rows that teach and as rows that are judged; `differs` says whether
-    there is anything to learn from in any row, whichever side is the chosen one.
+    variance of the accuracy by leaving out one fold, both as rows that teach and as rows that are judged, or a part of it;
+    `differs` says whether there is anything to learn from in any row, whichever side is the chosen one.
     """
 
     points: "NDArray[Any]"
@@ -307,10 +306,7 @@ def _fitted(
         categories = _categories(list(map(of, chosen)), list(map(of, rejected)))
         found[name] = (f"has another {name}", _told(categories, _by_category(categories, folds), folds))
     found["function words"] = ("has other function words", _told_by_words(function_words, folds))
-    found["the most telling word"] = (
-        "has or lacks it",
-        _told(words, _by_one_word(words, folds), folds, counted=OF_ONE_WORD),
-    )
+    found["the most telling word"] = ("has or lacks it", _told_by_one_word(words, folds))
     found["words"] = ("has other words", _told_by_words(words, folds))
     found["words and pairs of words"] = ("has other words and pairs of words", _told_by_words(differences, folds))
     return found, differences
@@ -321,14 +317,14 @@ def _told(
     learn: Learner,
     folds: "NDArray[Any]",
     weights: "NDArray[Any] | None" = None,
-    counted: float = 1.0,
+    factor: float = 1.0,
 ) -> Told:
     """Has every fold judged by what others teach.
 
     Args:
         differences: of the chosen side from the rejected one, sparse [rows, columns].
         weights: of the rows in the jackknife; None for equal ones.
-        counted: what the jackknife is multiplied by.
+        factor: what the jackknife is multiplied by.
     """
     import numpy as np
 
@@ -353,7 +349,7 @@ def _told(
         sums[one] += weights[rows[other]] @ points(other, taught)
         sums[other] += weights[rows[one]] @ points(one, taught)
     accuracies = sums / (1 - held) / 2 + 0.5
-    jackknifed = counted * (FOLDS - 1) / FOLDS * float(((accuracies - accuracies.mean()) ** 2).sum())
+    jackknifed = factor * (FOLDS - 1) / FOLDS * float(((accuracies - accuracies.mean()) ** 2).sum())
     return Told(held_out, in_turn, jackknifed, differences.nnz > 0)
 
 
@@ -445,9 +441,14 @@ def _by_one_word(differences: Any, folds: "NDArray[Any]") -> Learner:
     return learn
 
 
+def _told_by_one_word(differences: Any, folds: "NDArray[Any]") -> Told:
+    """By whether the word is there that stands most unevenly on the sides that teach."""
+    return _told(differences, _by_one_word(differences, folds), folds, factor=JACKKNIFE_OF_WORDS)
+
+
 def _told_by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | None" = None) -> Told:
     """By a logistic regression without intercept."""
-    return _told(differences, _by_words(differences, folds, weights), folds, weights, OF_WORDS)
+    return _told(differences, _by_words(differences, folds, weights), folds, weights, JACKKNIFE_OF_WORDS)
 
 
 def _by_words(differences: Any, folds: "NDArray[Any]", weights: "NDArray[Any] | None") -> Learner:
