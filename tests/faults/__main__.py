@@ -53,9 +53,9 @@ def main() -> int:
     if "cost" in arguments.subjects and not arguments.some:
         try:
             demo.fetch(functools.partial(print, file=sys.stderr, flush=True))
-        except PolituneError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
+        except (PolituneError, OSError) as error:
+            print(f"no demo model: {error}", file=sys.stderr)
+            return 1
     started, failed = time.monotonic(), False
     work = Path(tempfile.mkdtemp(prefix="politune-faults-"))
     lab = Lab(work / "lab")
