@@ -211,10 +211,11 @@ def test_two_processes_at_once_fetch_once(machine: Machine) -> None:
     assert demo.is_ready(demo.checkpoint_directory())
 
 
-def test_a_cache_that_cannot_be_written_to(machine: Machine, tmp_path: Path) -> None:
-    """A file stands where the cache should be: this refuses root, too."""
+@pytest.mark.parametrize("place", ["file", "/proc/nothing"])
+def test_a_cache_that_cannot_be_written_to(machine: Machine, tmp_path: Path, place: str) -> None:
+    """A file stands where the cache should be, or its file system knows no such directory: both refuse root, too."""
     (tmp_path / "file").write_text("")
-    machine.patch.setenv("POLITUNE_CACHE", str(tmp_path / "file" / "cache"))
+    machine.patch.setenv("POLITUNE_CACHE", str(tmp_path / place / "cache"))
     with pytest.raises(OutputError, match="POLITUNE_CACHE") as caught:
         machine.fetch()
     assert caught.value.exit_code == 7

@@ -166,6 +166,8 @@ def writing_to(target: Path) -> Iterator[None]:
         number = refusal_of(error)
         if number in FULL:
             raise full_disk(target) from error
+        if isinstance(error, FileNotFoundError) and target.is_relative_to(str(error.filename)):
+            number = error.errno  # of a directory that an automounter does not know, too
         if number is not None:
             raise OutputError(
                 f"cannot write to {safe(target)}", why=os.strerror(number), fix="choose another place"
