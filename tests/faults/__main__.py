@@ -53,7 +53,7 @@ def main() -> int:
     if "cost" in arguments.subjects and not arguments.some:
         try:
             demo.fetch(functools.partial(print, file=sys.stderr, flush=True))
-        except (PolituneError, OSError) as error:
+        except PolituneError as error:
             print(f"no demo model: {error}", file=sys.stderr)
             return 1
     started, failed = time.monotonic(), False

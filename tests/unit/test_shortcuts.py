@@ -45,6 +45,13 @@ def of(forensics: Forensics, feature: str) -> Shortcut:
     return found
 
 
+def hold_chance(told: shortcuts.Told) -> list[bool]:
+    """Whether the interval holds 50 %, with the jackknife and without it; each row is a group."""
+    points, groups = told.points / 2 + 0.5, np.arange(len(told.points))
+    intervals = [estimate(points, groups, jackknifed=each) for each in (told.jackknifed, None)]
+    return [each.low <= 0.5 <= each.high for each in intervals]
+
+
 @pytest.mark.parametrize(
     ("feature", "change"),
     [
@@ -239,15 +246,14 @@ def test_points_in_turn_are_random_signs_where_nothing_is_to_learn() -> None:
     """400 sets of 100 rows whose sides are alike: their z has a variance of 1; that of points by all other folds has more, so
     that without the jackknife the intervals around their accuracy hold 50 % in less than 90 % of the sets."""
     draw = random.Random(0)
-    rows, folds = np.arange(100), np.arange(100) % 10
+    folds = np.arange(100) % 10
     in_turn, held_out, covers = [], [], []
     for _ in range(400):
         categories = shortcuts._categories(*(draw.choices("abcdefghij", k=100) for _ in range(2)))
         told = shortcuts._told(categories, shortcuts._by_category(categories, folds), folds)
         for points, found in ((told.in_turn, in_turn), (told.points, held_out)):
             found.append(points.sum() / np.sqrt((points**2).sum()))
-        intervals = [estimate(told.points / 2 + 0.5, rows, jackknifed=each) for each in (told.jackknifed, None)]
-        covers.append([each.low <= 0.5 <= each.high for each in intervals])
+        covers.append(hold_chance(told))
     assert np.var(in_turn) == pytest.approx(1, abs=0.2)
     assert np.mean(np.array(in_turn) > 1.645) == pytest.approx(0.05, abs=0.025)
     assert np.var(held_out) > 1.5
@@ -260,13 +266,12 @@ def test_the_word_that_happens_to_tell_most_has_an_interval_that_holds_chance() 
     """400 sets of 200 rows in which each of a hundred words differs in half, on either side; without the jackknife the intervals
     hold 50 % in less than 85 % of the sets."""
     draw = np.random.default_rng(0)
-    rows, folds = np.arange(200), np.arange(200) % 10
+    folds = np.arange(200) % 10
     covers = []
     for _ in range(400):
         words = csr_matrix(draw.choice([-1.0, 0.0, 0.0, 1.0], (200, 100)))
         told = shortcuts._told_by_one_word(words, folds)
-        intervals = [estimate(told.points / 2 + 0.5, rows, jackknifed=each) for each in (told.jackknifed, None)]
-        covers.append([each.low <= 0.5 <= each.high for each in intervals])
+        covers.append(hold_chance(told))
     widened, naive = np.mean(covers, axis=0)
     assert 0.93 <= widened <= 0.97
     assert naive < 0.85
